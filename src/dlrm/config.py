@@ -1,0 +1,213 @@
+"""Every option of every stage, as typed dataclasses: the one way to configure anything.
+
+A dataclass's fields are the command line's flags (``mini_batch_size`` is ``--mini-batch-size``)
+and the keys of a configuration file; the text under a field is its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dlrm.errors import UserError
+
+Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
+DeviceKind = Literal["cpu", "cuda", "npu"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig:
+    """What ``dlrm synthesize`` writes."""
+
+    rows: int = 500_000
+    """Rows of train.txt."""
+    test_rows: int = 50_000
+    """Rows of test.txt, which has no labels."""
+    scale: float = 0.01
+    """Cardinality of the sparse features: 1 gives Kaggle's (33.8 million values), 0.01 a hundredth."""
+    seed: int = 123
+    """Equal seeds give equal files."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made."""
+        require(self.rows >= 7, f"--rows must be at least 7, one for each day; got {self.rows}")
+        require(self.test_rows >= 0, f"--test-rows must not be negative; got {self.test_rows}")
+        require(0 < self.scale <= 1, f"--scale must be above 0 and at most 1; got {self.scale}")
+        require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How raw rows become a DATASET."""
+
+    shuffle: Shuffle = "total"
+    """Stored order of the training rows: as in the file (none), shuffled within each day (day) or
+    across all training days (total); reference and reference-day are the permutations that the
+    reference implementation draws from the same seed for its 'total' and 'day'."""
+    seed: int = 123
+    """Seed of the shuffle."""
+    max_ind_range: int = 0
+    """Take every raw categorical value modulo this number before numbering it; 0: leave it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        require(
+            0 <= self.max_ind_range < 2**31,
+            f"--max-ind-range must be in 0 … 2**31-1 (0: no limit); got {self.max_ind_range}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture; sizes that follow from the data are in the schema."""
+
+    embedding_dim: int = 16
+    """Length of an embedding vector, the same for all tables."""
+    dense_arch_layer_sizes: tuple[int, ...] = (512, 256, 64, 16)
+    """Output sizes of the bottom MLP's layers; for 'dot' the last must equal embedding_dim."""
+    over_arch_layer_sizes: tuple[int, ...] = (512, 256, 1)
+    """Output sizes of the top MLP's layers; the last must be 1, the logit."""
+    interaction: Literal["dot", "cat"] = "dot"
+    """How dense and sparse vectors meet: pairwise dot products, or concatenation alone."""
+    interaction_itself: bool = False
+    """Include each vector's dot product with itself."""
+    dropout: float = 0.0
+    """Probability of dropping a hidden activation of the top MLP while training."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together."""
+        sizes = (self.embedding_dim, *self.dense_arch_layer_sizes, *self.over_arch_layer_sizes)
+        require(all(size > 0 for size in sizes), f"every layer size must be positive; got {sizes}")
+        require(
+            bool(self.dense_arch_layer_sizes) and bool(self.over_arch_layer_sizes),
+            "both MLPs need at least one layer",
+        )
+        require(
+            self.dense_arch_layer_sizes[-1] == self.embedding_dim,
+            "the last of --dense-arch-layer-sizes must equal --embedding-dim, since both kinds of "
+            f"vectors meet in the interaction; got {self.dense_arch_layer_sizes[-1]} and "
+            f"{self.embedding_dim}",
+        )
+        require(
+            self.over_arch_layer_sizes[-1] == 1,
+            "the last of --over-arch-layer-sizes must be 1, the logit; got "
+            f"{self.over_arch_layer_sizes[-1]}",
+        )
+        require(0 <= self.dropout < 1, f"--dropout must be in [0, 1); got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What training minimises."""
+
+    loss: Literal["bce", "wbce", "mse"] = "bce"
+    """Binary cross-entropy, the same with a weight for each label, or squared error of the
+    probability."""
+    loss_weights: tuple[float, float] = (1.0, 1.0)
+    """Weights of label 0 and label 1 in 'wbce'."""
+    loss_threshold: float = 0.0
+    """Clamp probabilities to [t, 1-t], in the metrics too; 0: do not."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        require(
+            0 <= self.loss_threshold < 0.5,
+            f"--loss-threshold must be in [0, 0.5); got {self.loss_threshold}",
+        )
+        require(
+            all(weight >= 0 for weight in self.loss_weights),
+            f"--loss-weights must not be negative; got {self.loss_weights}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    """rowwise_adagrad keeps one accumulator a row of a table, and is adagrad elsewhere."""
+    learning_rate: float = 0.1
+    """Base learning rate."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay_start_step: int = 0
+    """Step at which the polynomial (squared) decay starts."""
+    decay_steps: int = 0
+    """Length of the decay in steps; 0: no decay."""
+
+    def __post_init__(self) -> None:
+        """Refuse schedules that overlap."""
+        require(self.learning_rate >= 0, f"--learning-rate must be ≥ 0; got {self.learning_rate}")
+        steps = (self.warmup_steps, self.decay_start_step, self.decay_steps)
+        require(min(steps) >= 0, f"numbers of steps must not be negative; got {steps}")
+        require(
+            self.decay_steps == 0 or self.decay_start_step >= self.warmup_steps,
+            "the decay must not start before the warm-up ends; got --decay-start-step "
+            f"{self.decay_start_step} and --warmup-steps {self.warmup_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 1
+    """Passes over the training rows."""
+    mini_batch_size: int = 128
+    """Rows a step."""
+    evaluation_batch_size: int = 16384
+    """Rows a batch in evaluation."""
+    test_freq: int = 0
+    """Evaluate every so many steps, and at the end of every epoch; 0: at the end of the epochs
+    only."""
+    print_freq: int = 1000
+    """Report the mean loss every so many steps."""
+    num_batches: int = 0
+    """Use only the first so many batches of each split in every pass; 0: all."""
+    max_steps: int = 0
+    """Stop training after so many steps in all; 0: no limit."""
+    target_auc: float = 0.0
+    """Stop once the AUC of the selection split reaches this; 0: never."""
+    target_accuracy: float = 0.0
+    """Stop once the accuracy of the selection split reaches this (0 … 1); 0: never."""
+    selection_split: Literal["validation", "test"] = "validation"
+    """The split that periodic evaluation, the best checkpoint and the targets look at. Choosing
+    on test makes the test metrics optimistic; the reference implementation does it."""
+    max_ind_range: int = 0
+    """Take every id modulo this number when a batch is read, so that no table has more rows; 0:
+    leave ids as prepared."""
+    seed: int = 123
+    """Fixes initial weights and everything else that is random."""
+    initial_draws: Literal["none", "day", "total"] = "none"
+    """Draw and discard the permutations that the reference implementation draws before its
+    initial weights when it shuffles so; 'none' matches its --data-randomize=none."""
+    continue_from: str = ""
+    """A checkpoint (.safetensors) whose weights, optimizer state and position to start from."""
+    device: DeviceKind = "cpu"
+    """Where to compute."""
+    local_rank: int = 0
+    """Which card of that kind."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        for name in ("mini_batch_size", "evaluation_batch_size", "print_freq"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        for name in ("epochs", "test_freq", "num_batches", "max_steps", "max_ind_range"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')} must not be negative; got {value}")
+        for name in ("target_auc", "target_accuracy"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
+        require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")

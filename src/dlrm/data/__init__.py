@@ -1,0 +1,1 @@
+"""Raw logs to stored batches: formats, vocabularies, preparation and reading."""

@@ -1,0 +1,157 @@
+"""Files that are complete or absent: written under a temporary name, flushed, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import filelock
+import msgspec
+
+from dlrm.errors import EnvironmentFaultError, UserError
+
+T = TypeVar("T")
+
+# Faults of the machine rather than of the user's input.
+_ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@contextmanager
+def environment_faults(action: str) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into an EnvironmentFaultError that names the action."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRNOS:
+            raise
+        raise EnvironmentFaultError(
+            f"cannot {action}: {error.strerror} ({error.filename or 'no file named'}). "
+            "Free some space or choose another place, then run the same command again."
+        ) from error
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when it is complete.
+
+    The order is: flush the file, rename it, flush its folder. On an exception nothing is left.
+
+    Raises:
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with environment_faults(f"write {path}"):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            flush_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value that msgspec can encode, indented, atomically."""
+    with atomic_write(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def read_json(path: Path, kind: type[T], what: str) -> T:
+    """Read a JSON file written by us and check its type and format version.
+
+    Args:
+        path: The file.
+        kind: A dataclass with a ``format_version`` field whose default is the version we write.
+        what: What the file is, for messages ("dataset", "run").
+
+    Raises:
+        UserError: The file is missing, damaged, or of a version we cannot read.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path.parent} is not a complete {what}: {path.name} is missing. "
+            f"Check the path, or make the {what} again."
+        ) from error
+    try:
+        check_version(msgspec.json.decode(content, type=_Versioned).format_version, path)
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            f"{path} is damaged or was not written by dlrm: {error}. Make the {what} again."
+        ) from error
+
+
+class _Versioned(msgspec.Struct):
+    format_version: str
+
+
+FORMAT_VERSION = "1.0"
+
+
+def check_version(found: str, path: Path) -> None:
+    """Refuse a file whose format is not of our major version, or is newer than we know.
+
+    Raises:
+        UserError: Naming the file, the version expected and the one found.
+    """
+    ours = tuple(int(part) for part in FORMAT_VERSION.split("."))
+    try:
+        theirs = tuple(int(part) for part in found.split("."))
+    except ValueError:
+        theirs = ()
+    if len(theirs) != 2 or theirs[0] != ours[0] or theirs[1] > ours[1]:
+        raise UserError(
+            f"{path} has format version {found!r}; this dlrm reads {ours[0]}.0 to "
+            f"{FORMAT_VERSION}. Use the dlrm that wrote it, or make it again."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder that is being written; it dies with the process.
+
+    The lock file lies beside the folder (``.NAME.lock``) so that the folder itself can be renamed.
+
+    Raises:
+        UserError: Another process is writing to it.
+    """
+    folder = Path(os.path.abspath(folder))
+    with environment_faults(f"write to {folder.parent}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"{folder} is being written by another process. Wait for it to end, or choose "
+                f"another {what}."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()

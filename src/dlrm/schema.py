@@ -1,0 +1,111 @@
+"""FeatureSchema: the contract that data, checkpoints and bundles share.
+
+Any named dense and sparse features, label and split rule; only ``data/criteo.py`` knows that
+Criteo has 13 and 26.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from dlrm.errors import UserError
+from dlrm.files import FORMAT_VERSION, read_json, write_json
+
+SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class DenseFeature:
+    """A number of a row, stored before its transform."""
+
+    name: str
+    """The column's name."""
+    transform: Literal["log1p"] = "log1p"
+    """Applied when a batch is made: log(float32(x) + 1) in float32."""
+
+
+@dataclass(frozen=True)
+class SparseFeature:
+    """A categorical value of a row, stored as a row number of its embedding table."""
+
+    name: str
+    """The column's name."""
+    num_embeddings: int
+    """Rows of its table; every id is below it."""
+    vocabulary: str = ""
+    """Its vocabulary's file name in ``vocabulary/``; empty when it is not known (data that another
+    program prepared), and raw values cannot be encoded."""
+    value_modulus: int = 0
+    """Raw values were taken modulo this before they were numbered; 0: as they are."""
+    id_modulus: int = 0
+    """Ids are taken modulo this when a batch is made; 0: as they are."""
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """What a row consists of and how it was encoded."""
+
+    label: str
+    """The label's name; labels are 0 and 1."""
+    dense: tuple[DenseFeature, ...]
+    sparse: tuple[SparseFeature, ...]
+    source_format: str
+    """The reader of raw rows: "criteo-kaggle"."""
+    split_rule: str
+    """How rows were split, in words a reader of the file understands."""
+    fingerprint: str = ""
+    """SHA-256 over everything above and the vocabularies; see ``sealed``."""
+    format_version: str = FORMAT_VERSION
+
+    @property
+    def num_embeddings(self) -> tuple[int, ...]:
+        """Rows of each embedding table."""
+        return tuple(feature.num_embeddings for feature in self.sparse)
+
+    def sealed(self, vocabulary_checksums: tuple[str, ...]) -> FeatureSchema:
+        """Return this schema with its fingerprint.
+
+        Args:
+            vocabulary_checksums: SHA-256 of each sparse feature's vocabulary file, or "".
+        """
+        blank = dataclasses.replace(self, fingerprint="")
+        content = msgspec.json.encode((blank, vocabulary_checksums), order="deterministic")
+        return dataclasses.replace(self, fingerprint=hashlib.sha256(content).hexdigest())
+
+    def with_max_ind_range(self, max_ind_range: int) -> FeatureSchema:
+        """Return the schema whose ids are taken modulo ``max_ind_range`` (0: unchanged)."""
+        if max_ind_range == 0:
+            return self
+        sparse = tuple(
+            dataclasses.replace(
+                feature,
+                num_embeddings=min(feature.num_embeddings, max_ind_range),
+                id_modulus=max_ind_range,
+            )
+            for feature in self.sparse
+        )
+        return dataclasses.replace(self, sparse=sparse)
+
+
+def write_schema(folder: Path, schema: FeatureSchema) -> None:
+    """Write ``schema.json`` into a DATASET or RUN."""
+    write_json(folder / "schema.json", schema)
+
+
+def read_schema(folder: Path, what: str) -> FeatureSchema:
+    """Read ``schema.json`` of a DATASET or RUN.
+
+    Raises:
+        UserError: It is missing, damaged, of another version, or describes no features.
+    """
+    schema = read_json(folder / "schema.json", FeatureSchema, what)
+    if not schema.sparse and not schema.dense:
+        raise UserError(f"{folder / 'schema.json'} names no features. Make the {what} again.")
+    return schema

@@ -1,0 +1,1 @@
+"""Optimizers, the step, and the loop around it."""
