@@ -30,7 +30,8 @@ class SynthesizeConfig:
     test_rows: int = 50_000
     """Rows of test.txt, which has no labels."""
     scale: float = 0.01
-    """Cardinality of the sparse features: 1 gives Kaggle's (33.8 million values), 0.01 a hundredth."""
+    """Cardinality of the sparse features: 1 gives Kaggle's (33.8 million values), 0.01 a
+    hundredth."""
     seed: int = 123
     """Equal seeds give equal files."""
 
@@ -191,6 +192,8 @@ class TrainConfig:
     initial_draws: Literal["none", "day", "total"] = "none"
     """Draw and discard the permutations that the reference implementation draws before its
     initial weights when it shuffles so; 'none' matches its --data-randomize=none."""
+    report_checkpoint: Literal["best", "newest"] = "best"
+    """The checkpoint whose metrics and predictions a run ends with."""
     continue_from: str = ""
     """A checkpoint (.safetensors) whose weights, optimizer state and position to start from."""
     device: DeviceKind = "cpu"

@@ -18,12 +18,19 @@ from dlrm.errors import EnvironmentFaultError, UserError
 T = TypeVar("T")
 
 # Faults of the machine rather than of the user's input.
-_ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_ENVIRONMENT_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
 
 
 @contextmanager
 def environment_faults(action: str) -> Iterator[None]:
-    """Turn a full, read-only or failing disk into an EnvironmentFaultError that names the action."""
+    """Turn a full, read-only or failing disk into an EnvironmentFaultError naming the action."""
     try:
         yield
     except OSError as error:
@@ -45,8 +52,8 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name only when it is complete.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; the file appears as ``path`` only when it is complete.
 
     The order is: flush the file, rename it, flush its folder. On an exception nothing is left.
 
@@ -56,15 +63,21 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.partial")
     with environment_faults(f"write {path}"):
         try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
+            yield temporary
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             flush_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when it is complete."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,142 @@
+"""Checkpoints: one safetensors file with weights, optimizer state and position.
+
+Tensors are ``model.NAME`` and ``optimizer.NAME.STATE``; the header's metadata holds one JSON
+document, ``dlrm``, with the rest. It names no time, host or path, so equal runs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dlrm.config import ModelConfig
+from dlrm.errors import UserError
+from dlrm.files import FORMAT_VERSION, atomic_path, check_version, flush_folder
+from dlrm.model.dlrm import DLRM
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come."""
+
+    epoch: int = 0
+    """Finished passes over the training rows."""
+    step: int = 0
+    """Steps taken in the current pass."""
+    total_steps: int = 0
+    """Steps taken in all."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself beside its tensors."""
+
+    position: Position
+    model: ModelConfig
+    schema_fingerprint: str
+    optimizer: str
+    """Which optimizer's state it holds; empty: none."""
+    best: float = float("-inf")
+    """The best selection metric seen so far."""
+    format_version: str = FORMAT_VERSION
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
+    """Write a checkpoint; it appears complete or not at all.
+
+    Args:
+        path: A ``.safetensors`` file.
+        tensors: Weights as ``model.NAME``, optimizer state as ``optimizer.NAME.STATE``.
+        info: The rest.
+
+    Raises:
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    metadata = {"dlrm": msgspec.json.encode(info, order="deterministic").decode()}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(on_cpu, temporary, metadata)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, replacing what had it, without a second copy on disk."""
+    temporary = target.with_name(f".{target.name}.partial")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    os.replace(temporary, target)
+    flush_folder(target.parent)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read what a checkpoint says of itself, without its tensors.
+
+    Raises:
+        UserError: It is missing, damaged, of another version, or not one of ours.
+    """
+    with _open(path) as file:
+        content = (file.metadata() or {}).get("dlrm", "")
+    try:
+        version = msgspec.json.decode(content).get("format_version", "")
+        check_version(version, path)
+        return msgspec.json.decode(content, type=CheckpointInfo)
+    except (msgspec.MsgspecError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint of dlrm: {error}. Choose a file from a RUN's checkpoints "
+            "folder."
+        ) from error
+
+
+def load_weights(path: Path, model: DLRM) -> None:
+    """Copy a checkpoint's weights into a model.
+
+    Raises:
+        UserError: The checkpoint is missing, damaged, or of another architecture; it names the
+            first tensor that differs.
+    """
+    read_info(path)
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    with _open(path) as file:
+        found = {
+            name: tuple(file.get_slice(name).get_shape())
+            for name in file.keys()
+            if name.startswith("model.")
+        }
+        for name in sorted(expected.keys() | found.keys()):
+            shape = tuple(expected[name].shape) if name in expected else "no such tensor"
+            if found.get(name, "no such tensor") != shape:
+                raise UserError(
+                    f"{path} is a checkpoint of another architecture: {name} is expected to have "
+                    f"shape {shape}, got {found.get(name, 'no such tensor')}. Use the model "
+                    "options and the DATASET that it was trained with."
+                )
+        with torch.no_grad():
+            for name, tensor in expected.items():
+                tensor.copy_(file.get_tensor(name))
+
+
+def load_optimizer_state(path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's optimizer state by name, without the prefix ``optimizer.``."""
+    with _open(path) as file:
+        return {
+            name.removeprefix("optimizer."): file.get_tensor(name)
+            for name in file.keys()
+            if name.startswith("optimizer.")
+        }
+
+
+def _open(path: Path) -> safetensors.safe_open:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: {error}. Check the path; if the file is "
+            "damaged, use another checkpoint of the run."
+        ) from error

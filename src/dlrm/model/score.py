@@ -1,0 +1,44 @@
+"""Probabilities of many rows: what evaluation, prediction and training's own tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dlrm.config import LossConfig
+from dlrm.data.batch import Batch
+from dlrm.model.dlrm import DLRM
+from dlrm.model.loss import probabilities
+
+
+@torch.inference_mode()
+def score_batch(model: DLRM, batch: Batch, loss: LossConfig) -> npt.NDArray[np.float32]:
+    """Return the click probabilities, (B,), of a batch.
+
+    Args:
+        model: Its mode (training or not) is left as it is; call ``model.eval()`` first.
+        batch: B rows, on any device.
+        loss: Its threshold clamps probabilities.
+    """
+    device = model.sparse_arch.arena.device
+    scored: npt.NDArray[np.float32] = probabilities(model(batch.to(device)), loss).cpu().numpy()
+    return scored
+
+
+def score(
+    model: DLRM, batches: Iterable[Batch], loss: LossConfig
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return labels and click probabilities, (n,) each, of labelled batches, without dropout."""
+    was_training = model.training
+    model.eval()
+    labels = [np.zeros(0, np.float32)]
+    scores = [np.zeros(0, np.float32)]
+    for batch in batches:
+        assert batch.labels is not None
+        labels.append(batch.labels.numpy())
+        scores.append(score_batch(model, batch, loss))
+    model.train(was_training)
+    return np.concatenate(labels), np.concatenate(scores)

@@ -1,0 +1,151 @@
+"""SGD, Adagrad and row-wise Adagrad: a step touches only the table rows of its batch.
+
+Dense weights go through torch.optim. The tables' rules are here, since torch.optim has no
+row-wise Adagrad and spends more on its sparse tensors than the update costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dlrm.config import OptimizerConfig
+from dlrm.errors import UserError
+from dlrm.model.dlrm import DLRM
+
+EPSILON = 1e-10  # torch.optim.Adagrad's; outside the root
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Return the rate of a step, as the reference's LRPolicyScheduler gives it.
+
+    Linear warm-up, then (where a decay is configured) the last warm-up step's rate until a
+    squared polynomial decay starts, then the decay's last rate.
+
+    Args:
+        config: Base rate and numbers of steps.
+        step: From 1.
+    """
+    base = config.learning_rate
+    if step < config.warmup_steps:
+        return base * step / config.warmup_steps
+    if config.decay_steps == 0:
+        return base
+    if step < config.decay_start_step:
+        # Without a warm-up the reference has no "last" rate and fails; the base is what is meant.
+        return (
+            base * (config.warmup_steps - 1) / config.warmup_steps
+            if config.warmup_steps > 1
+            else base
+        )
+    decayed = min(step - config.decay_start_step, config.decay_steps - 1)
+    return max(1e-7, base * ((config.decay_steps - decayed) / config.decay_steps) ** 2)
+
+
+class Optimizer:
+    """Moves a model's weights along their gradients.
+
+    Args:
+        model: Its ``sparse_arch.arena`` has a sparse gradient, everything else a dense one.
+        config: The rule and its rates.
+    """
+
+    def __init__(self, model: DLRM, config: OptimizerConfig) -> None:
+        self.config = config
+        self._sparse_arch = model.sparse_arch
+        self._dense = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter is not model.sparse_arch.arena
+        }
+        rule = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adagrad
+        self._dense_optimizer: torch.optim.Optimizer = rule(
+            self._dense.values(), lr=config.learning_rate
+        )
+        arena = model.sparse_arch.arena
+        self._accumulator: Tensor | None = None
+        if config.optimizer == "adagrad":
+            self._accumulator = torch.zeros_like(arena, requires_grad=False)
+        elif config.optimizer == "rowwise_adagrad":
+            self._accumulator = torch.zeros(arena.shape[0], device=arena.device)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self._dense_optimizer.zero_grad()
+        self._sparse_arch.arena.grad = None
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move every weight that has a gradient.
+
+        Args:
+            rate: The learning rate of this step.
+        """
+        for group in self._dense_optimizer.param_groups:
+            group["lr"] = rate
+        self._dense_optimizer.step()
+        gradient = self._sparse_arch.arena.grad
+        if gradient is not None:
+            self._step_tables(gradient._indices()[0], gradient._values(), rate)
+
+    def _step_tables(self, rows: Tensor, gradients: Tensor, rate: float) -> None:
+        """Update the arena.
+
+        Args:
+            rows: (N,), rows of the arena, with repeats.
+            gradients: (N, D), the gradient that each lookup of a row received.
+            rate: The learning rate.
+        """
+        arena = self._sparse_arch.arena
+        if self._accumulator is None:
+            arena.scatter_add_(0, rows.unsqueeze(1).expand_as(gradients), gradients * -rate)
+            return
+        # An adaptive rule squares gradients, so those of one row are summed first.
+        rows, inverse = torch.unique(rows, return_inverse=True)
+        summed = torch.zeros(rows.numel(), gradients.shape[1], device=arena.device).scatter_add_(
+            0, inverse.unsqueeze(1).expand_as(gradients), gradients
+        )
+        squares = summed.square()
+        if self._accumulator.dim() == 1:
+            squares = squares.mean(1)
+        accumulated = self._accumulator[rows] + squares
+        self._accumulator[rows] = accumulated
+        deviation = accumulated.sqrt() + EPSILON
+        if self._accumulator.dim() == 1:
+            deviation = deviation.unsqueeze(1)
+        arena[rows] -= rate * (summed / deviation)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state: ``NAME.sum``, or ``NAME.row_sum`` with one number a row; none for SGD."""
+        state = {
+            f"{name}.sum": self._dense_optimizer.state[parameter]["sum"]
+            for name, parameter in self._dense.items()
+            if "sum" in self._dense_optimizer.state[parameter]
+        }
+        if self._accumulator is not None:
+            kind = "row_sum" if self._accumulator.dim() == 1 else "sum"
+            parts = self._sparse_arch.split(self._accumulator)
+            for name, part in zip(self._sparse_arch.table_names(), parts, strict=True):
+                state[f"sparse_arch.{name}.{kind}"] = part
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state that ``state`` returned.
+
+        Raises:
+            UserError: It belongs to another optimizer or architecture.
+        """
+        expected = self.state()
+        for name in sorted(expected.keys() | state.keys()):
+            shape = tuple(expected[name].shape) if name in expected else "no such tensor"
+            found = tuple(state[name].shape) if name in state else "no such tensor"
+            if found != shape:
+                raise UserError(
+                    f"the optimizer state to continue from does not fit {self.config.optimizer}: "
+                    f"{name} is expected to have shape {shape}, got {found}. Use the optimizer "
+                    "and model options that the checkpoint was trained with."
+                )
+            expected[name].copy_(state[name])
