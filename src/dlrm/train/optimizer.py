@@ -118,7 +118,7 @@ class Optimizer:
         arena[rows] -= rate * (summed / deviation)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state: ``NAME.sum``, or ``NAME.row_sum`` with one number a row; none for SGD."""
+        """Return ``NAME.sum``, or ``NAME.row_sum`` with one number a row; nothing for SGD."""
         state = {
             f"{name}.sum": self._dense_optimizer.state[parameter]["sum"]
             for name, parameter in self._dense.items()
