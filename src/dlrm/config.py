@@ -6,10 +6,19 @@ and the keys of a configuration file; the text under a field is its help.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from dlrm.errors import UserError
+
+T = TypeVar("T")
 
 Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
@@ -169,8 +178,8 @@ class TrainConfig:
     evaluation_batch_size: int = 16384
     """Rows a batch in evaluation."""
     test_freq: int = 0
-    """Evaluate every so many steps, and at the end of every epoch; 0: at the end of the epochs
-    only."""
+    """Evaluate every so many steps of an epoch and at its end; 0: at its end only; -1: not before
+    training has ended."""
     print_freq: int = 1000
     """Report the mean loss every so many steps."""
     num_batches: int = 0
@@ -206,7 +215,8 @@ class TrainConfig:
         for name in ("mini_batch_size", "evaluation_batch_size", "print_freq"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
-        for name in ("epochs", "test_freq", "num_batches", "max_steps", "max_ind_range"):
+        require(self.test_freq >= -1, f"--test-freq must be at least -1; got {self.test_freq}")
+        for name in ("epochs", "num_batches", "max_steps", "max_ind_range"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative; got {value}")
         for name in ("target_auc", "target_accuracy"):
@@ -214,3 +224,34 @@ class TrainConfig:
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
+
+
+def from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T:
+    """Build a configuration from a file's keys and values; defaults where it is silent.
+
+    Args:
+        content: Keys as the dataclass's fields, tables for nested dataclasses.
+        kind: The dataclass.
+        source: The file, for messages.
+
+    Raises:
+        UserError: An unknown key, or a value of a wrong type or meaning.
+    """
+    _refuse_unknown_keys(content, kind, source, prefix="")
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{source}: {error}. Correct the value.") from error
+
+
+def _refuse_unknown_keys(
+    content: Mapping[str, Any], kind: type[Any], source: Path, prefix: str
+) -> None:
+    types = typing.get_type_hints(kind)
+    for key, value in content.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(types)}."
+            raise UserError(f"{source} has an unknown key {prefix}{key}; {hint}")
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
+            _refuse_unknown_keys(value, typing.cast(type[Any], types[key]), source, f"{key}.")

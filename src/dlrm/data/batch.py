@@ -33,6 +33,11 @@ class Batch:
         """Return the number of rows."""
         return self.dense_features.shape[0]
 
+    @property
+    def unknown_ids(self) -> int:
+        """Number of empty bags: values that were never seen when vocabularies were fitted."""
+        return 0 if self.offsets is None else int((self.offsets.diff() == 0).sum())
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         if device.type == "cpu":

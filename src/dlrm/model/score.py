@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +29,29 @@ def score_batch(model: DLRM, batch: Batch, loss: LossConfig) -> npt.NDArray[np.f
     return scored
 
 
-def score(
-    model: DLRM, batches: Iterable[Batch], loss: LossConfig
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return labels and click probabilities, (n,) each, of labelled batches, without dropout."""
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of labelled rows."""
+
+    labels: npt.NDArray[np.float32]
+    """(n,), zeros and ones."""
+    probabilities: npt.NDArray[np.float32]
+    """(n,)."""
+    unknown_ids: int
+    """Bags that were empty because their value was never seen."""
+
+
+def score(model: DLRM, batches: Iterable[Batch], loss: LossConfig) -> Scored:
+    """Score labelled batches, without dropout."""
     was_training = model.training
     model.eval()
     labels = [np.zeros(0, np.float32)]
     scores = [np.zeros(0, np.float32)]
+    unknown_ids = 0
     for batch in batches:
         assert batch.labels is not None
         labels.append(batch.labels.numpy())
         scores.append(score_batch(model, batch, loss))
+        unknown_ids += batch.unknown_ids
     model.train(was_training)
-    return np.concatenate(labels), np.concatenate(scores)
+    return Scored(np.concatenate(labels), np.concatenate(scores), unknown_ids)

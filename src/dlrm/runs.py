@@ -1,0 +1,188 @@
+"""The RUN folder: what a training leaves behind, and what evaluation and prediction read."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tomli_w
+import torch
+
+from dlrm.checkpoint import load_weights
+from dlrm.config import TrainConfig, from_builtins
+from dlrm.device import available_cores
+from dlrm.errors import UserError
+from dlrm.files import FORMAT_VERSION, atomic_write, check_version, read_json, write_json
+from dlrm.metrics import Metrics
+from dlrm.model.dlrm import DLRM
+from dlrm.schema import FeatureSchema, Split, read_schema
+
+Which = Literal["best", "newest"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """``result.json``: what a run came to."""
+
+    epochs: float
+    """Passes over the training rows; a fraction when training stopped within one."""
+    train_samples: int
+    """Rows trained on, all passes counted."""
+    train_steps: int
+    samples_per_second: float
+    """Of training: loading included, start-up, evaluation and checkpoints excluded."""
+    seconds: float
+    """From start to result, everything included."""
+    peak_memory_bytes: int
+    """Largest resident memory of the process."""
+    checkpoint: Which
+    """The checkpoint that the metrics are of."""
+    stopped: str
+    """Why training ended."""
+    metrics: dict[str, Metrics]
+    """By split."""
+    unknown_ids: dict[str, int]
+    """By split: ids never seen when vocabularies were fitted, taken as empty bags."""
+    kernels: Literal["native", "plain"]
+    kernels_reason: str
+    amp_type: Literal["O0"]
+    device: str
+    versions: dict[str, str]
+    hardware: dict[str, str | int]
+    format_version: str = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Run:
+    """A RUN folder that exists.
+
+    Attributes:
+        path: The folder.
+        schema: Of the features it was trained on.
+        config: The resolved configuration.
+        dataset: The DATASET it was trained on, where it was at that time.
+    """
+
+    path: Path
+    schema: FeatureSchema
+    config: TrainConfig
+    dataset: Path
+
+    @staticmethod
+    def open(path: Path) -> Run:
+        """Read a RUN's description.
+
+        Raises:
+            UserError: It is no RUN, or of another version.
+        """
+        config, dataset = read_config(path / "config.toml")
+        return Run(path, read_schema(path, "run"), config, Path(dataset))
+
+    def checkpoint(self, which: Which) -> Path:
+        """Return where a checkpoint lies."""
+        return self.path / "checkpoints" / f"{which}.safetensors"
+
+    def load_model(self, which: Which, device: torch.device) -> DLRM:
+        """Build the model and load a checkpoint's weights into it; it is in evaluation mode.
+
+        Raises:
+            UserError: The checkpoint is missing, damaged, or of another architecture.
+        """
+        model = DLRM(self.schema, self.config.model, device=device)
+        load_weights(self.checkpoint(which), model)
+        model.eval()
+        return model
+
+    def result(self) -> RunResult:
+        """Read ``result.json``.
+
+        Raises:
+            UserError: The run has not ended, or its result is damaged.
+        """
+        return read_json(self.path / "result.json", RunResult, "run")
+
+    def write_predictions(self, split: Split, probabilities: npt.NDArray[np.float32]) -> None:
+        """Write ``predictions/SPLIT.arrow``: row, the position in the split, and probability."""
+        table = pa.table({"row": np.arange(len(probabilities)), "probability": probabilities})
+        (self.path / "predictions").mkdir(exist_ok=True)
+        with (
+            atomic_write(self.path / "predictions" / f"{split}.arrow") as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
+
+    def write_result(self, result: RunResult) -> None:
+        """Write ``result.json``."""
+        write_json(self.path / "result.json", result)
+
+
+def write_config(path: Path, config: TrainConfig, dataset: Path) -> None:
+    """Write a configuration that ``dlrm train --config`` reads, and the DATASET's place."""
+    content: Mapping[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "dataset": str(dataset.resolve()),
+        **msgspec.to_builtins(config),
+    }
+    with atomic_write(path) as file:
+        tomli_w.dump(content, file)
+
+
+def read_config(path: Path) -> tuple[TrainConfig, str]:
+    """Read a configuration file: defaults where it is silent.
+
+    Returns:
+        The configuration, and the DATASET it names ("" when it names none).
+
+    Raises:
+        UserError: The file is missing, not TOML, of another version, or has an unknown key or a
+            wrong value.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist. Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as TOML: {error}. Mend it.") from error
+    check_version(content.pop("format_version", FORMAT_VERSION), path)
+    dataset = content.pop("dataset", "")
+    return from_builtins(content, TrainConfig, path), dataset
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    names = ("dlrm", "torch", "numpy", "pyarrow", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """Return what the run was computed on."""
+    described: dict[str, str | int] = {
+        "machine": platform.machine(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                described["processor"] = line.split(":", 1)[1].strip()
+                break
+    if device.type != "cpu":
+        described["device"] = str(device)
+    return described

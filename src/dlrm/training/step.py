@@ -1,0 +1,44 @@
+"""One training step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dlrm.config import LossConfig
+from dlrm.data.batch import Batch
+from dlrm.model.dlrm import DLRM
+from dlrm.model.loss import mean_loss
+from dlrm.training.optimizer import Optimizer
+
+
+class EagerStep:
+    """A step through autograd and plain operators: any configuration, and the specification that
+    faster steps are tested against.
+
+    Args:
+        model: Moved by every call.
+        optimizer: Over the same model.
+        loss: What is minimised.
+    """  # noqa: D205
+
+    def __init__(self, model: DLRM, optimizer: Optimizer, loss: LossConfig) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Take a step.
+
+        Args:
+            batch: On the model's device, with labels.
+            rate: The learning rate of this step.
+
+        Returns:
+            The mean loss before the step, a detached scalar on the model's device.
+        """
+        assert batch.labels is not None
+        self.optimizer.zero_grad()
+        loss = mean_loss(self.model(batch), batch.labels, self.loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(rate)
+        return loss.detach()
