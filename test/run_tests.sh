@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Check and test everything, exactly as CI does; every check runs, and the failed ones are named.
+#
+#   bash test/run_tests.sh [--long] [options of pytest]
+#
+# --long adds the tests that take minutes. With DLRM_TEST_DATA naming a folder that holds golden/
+# and criteo/, the tests that compare with the reference implementation and with real rows run too.
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+bash test/setup.sh --dev || exit
+export PATH=$PWD/.venv/bin:$PATH
+
+failed=()
+check() { # COMMAND…
+  echo "== $*"
+  "$@" || failed+=("$1${2:+ $2}")
+}
+
+check ruff format --check
+check ruff check
+check mypy
+check lint-imports
+check codespell
+# Last, so that its summary closes the output.
+check python -m pytest "$@"
+
+if ((${#failed[@]})); then
+  printf 'FAILED: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
