@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import tomli_w
 
 from dlrm.errors import UserError
+from dlrm.files import FORMAT_VERSION, atomic_write, check_version
 
 T = TypeVar("T")
 
@@ -226,7 +229,39 @@ class TrainConfig:
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
 
 
-def from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T:
+def write_config(path: Path, config: TrainConfig, dataset: Path) -> None:
+    """Write a configuration that ``dlrm train --config`` reads, and the DATASET's place."""
+    content: Mapping[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "dataset": str(dataset.resolve()),
+        **msgspec.to_builtins(config),
+    }
+    with atomic_write(path) as file:
+        tomli_w.dump(content, file)
+
+
+def read_config(path: Path) -> tuple[TrainConfig, str]:
+    """Read a configuration file: defaults where it is silent.
+
+    Returns:
+        The configuration, and the DATASET it names ("" when it names none).
+
+    Raises:
+        UserError: The file is missing, not TOML, of another version, or has an unknown key or a
+            wrong value.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist. Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as TOML: {error}. Mend it.") from error
+    check_version(content.pop("format_version", FORMAT_VERSION), path)
+    dataset = content.pop("dataset", "")
+    return _from_builtins(content, TrainConfig, path), dataset
+
+
+def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T:
     """Build a configuration from a file's keys and values; defaults where it is silent.
 
     Args:

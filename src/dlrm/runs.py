@@ -5,25 +5,20 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import tomli_w
 import torch
 
 from dlrm.checkpoint import load_weights
-from dlrm.config import TrainConfig, from_builtins
+from dlrm.config import TrainConfig, read_config
 from dlrm.device import available_cores
-from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, atomic_write, check_version, read_json, write_json
+from dlrm.files import FORMAT_VERSION, atomic_write, read_json, write_json
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.schema import FeatureSchema, Split, read_schema
@@ -125,38 +120,6 @@ class Run:
     def write_result(self, result: RunResult) -> None:
         """Write ``result.json``."""
         write_json(self.path / "result.json", result)
-
-
-def write_config(path: Path, config: TrainConfig, dataset: Path) -> None:
-    """Write a configuration that ``dlrm train --config`` reads, and the DATASET's place."""
-    content: Mapping[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "dataset": str(dataset.resolve()),
-        **msgspec.to_builtins(config),
-    }
-    with atomic_write(path) as file:
-        tomli_w.dump(content, file)
-
-
-def read_config(path: Path) -> tuple[TrainConfig, str]:
-    """Read a configuration file: defaults where it is silent.
-
-    Returns:
-        The configuration, and the DATASET it names ("" when it names none).
-
-    Raises:
-        UserError: The file is missing, not TOML, of another version, or has an unknown key or a
-            wrong value.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist. Check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as TOML: {error}. Mend it.") from error
-    check_version(content.pop("format_version", FORMAT_VERSION), path)
-    dataset = content.pop("dataset", "")
-    return from_builtins(content, TrainConfig, path), dataset
 
 
 def peak_memory_bytes() -> int:

@@ -21,10 +21,11 @@ from dlrm.checkpoint import (
     read_info,
     save_checkpoint,
 )
-from dlrm.config import TrainConfig
+from dlrm.config import TrainConfig, write_config
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.device import open_device, synchronize
 from dlrm.errors import UserError
+from dlrm.evaluation import SplitResult, evaluate_split
 from dlrm.files import environment_faults, locked
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.runs import (
@@ -33,10 +34,8 @@ from dlrm.runs import (
     hardware,
     peak_memory_bytes,
     versions,
-    write_config,
 )
 from dlrm.schema import Split
-from dlrm.training.evaluation import SplitResult, evaluate_split
 from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
 from dlrm.training.optimizer import Optimizer, learning_rate
 from dlrm.training.step import EagerStep

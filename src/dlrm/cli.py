@@ -1,0 +1,361 @@
+"""The command line: one verb a stage, each parsing its options and calling one function.
+
+Heavy imports wait until a verb runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn, Protocol
+
+import msgspec
+import tyro
+
+from dlrm.config import DeviceKind, PrepareConfig, SynthesizeConfig, TrainConfig, read_config
+from dlrm.errors import EnvironmentFaultError, UserError
+from dlrm.schema import SPLITS, Split
+from dlrm.version import __version__
+
+logger = logging.getLogger("dlrm")
+
+
+class Command(Protocol):
+    """A verb with its options, ready to run."""
+
+    def execute(self) -> None:
+        """Do it: results go to standard output, messages to standard error."""
+
+
+@dataclass(frozen=True)
+class Synthesize:
+    """Make Criteo-shaped data with a planted signal.
+
+    DIRECTORY gets train.txt and test.txt in the Criteo Kaggle format, truth.json with the best
+    metrics that any model can reach on them, and the true probability of every row.
+    """
+
+    directory: tyro.conf.Positional[Path]
+    """The folder to make."""
+    options: Annotated[SynthesizeConfig, tyro.conf.arg(name="")]
+
+    def execute(self) -> None:
+        """Make the data and print the truth."""
+        from dlrm.data.synthetic import synthesize
+
+        _print_json(synthesize(self.directory, self.options))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn raw rows into a DATASET that training reads.
+
+    Of 7 equal runs of rows ("days") the first 6 become the training split; of the last, the first
+    half becomes test and the second half validation.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Criteo's train.txt, a folder that holds it, or a .npz that the reference prepared."""
+    dataset: tyro.conf.Positional[Path]
+    """The folder to make."""
+    options: Annotated[PrepareConfig, tyro.conf.arg(name="")]
+    overwrite: bool = False
+    """Replace a DATASET that was made from another source or with other options."""
+
+    def execute(self) -> None:
+        """Prepare and print the splits."""
+        from dlrm.data.prepare import prepare
+
+        data = prepare(self.source, self.dataset, self.options, overwrite=self.overwrite)
+        _print_json(
+            {
+                "dataset": str(self.dataset),
+                "rows": {split: data.rows(split) for split in SPLITS},
+                "num_embeddings": sum(data.schema.num_embeddings),
+                "fingerprint": data.schema.fingerprint,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model on a DATASET, and evaluate it.
+
+    The best checkpoint is chosen on the validation split; test is looked at once, at the end. RUN
+    gets config.toml, log.jsonl, checkpoints/, predictions/ and result.json.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """What `dlrm prepare` made."""
+    run: Path
+    """The folder to make."""
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """A TOML file with defaults for all that follows, such as another run's config.toml."""
+
+    def execute(self) -> None:
+        """Train and print the result."""
+        from dlrm.training.events import Console
+        from dlrm.training.trainer import train
+
+        _print_json(train(self.dataset, self.run, self.options, [Console()]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """From raw rows to a trained, evaluated model and its predictions.
+
+    Prepares SOURCE into a DATASET, trains and evaluates into RUN, and where a test.txt lies beside
+    train.txt, predicts it into RUN/submission.csv. A plan is printed first.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Criteo's train.txt, or a folder that holds it and maybe test.txt."""
+    run: tyro.conf.Positional[Path]
+    """The folder to make."""
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """A TOML file with defaults for all training options."""
+    dataset: Path | None = None
+    """Where the DATASET goes, or lies already; by default RUN/dataset."""
+    shuffle: Literal["none", "day", "total", "reference", "reference-day"] = "total"
+    """Stored order of the training rows, as for `dlrm prepare`."""
+
+    def execute(self) -> None:
+        """Run all stages and print the result."""
+        from dlrm.pipeline import run_all
+
+        prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
+        _print_json(run_all(self.source, self.run, prepare_config, self.options, self.dataset))
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Print the metrics of a run's checkpoint on a split of its DATASET."""
+
+    run: tyro.conf.Positional[Path]
+    """What `dlrm train` made."""
+    split: Split = "test"
+    """Which split."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best on validation, or the newest."""
+    dataset: Path | None = None
+    """Where the run's DATASET is now; by default where it was."""
+    device: DeviceKind = "cpu"
+    """Where to compute."""
+    local_rank: int = 0
+    """Which card of that kind."""
+
+    def execute(self) -> None:
+        """Evaluate and print the metrics."""
+        from dlrm.evaluation import evaluate
+
+        result = evaluate(
+            self.run,
+            self.split,
+            checkpoint=self.checkpoint,
+            dataset=self.dataset,
+            device=self.device,
+            local_rank=self.local_rank,
+        )
+        _print_json(
+            {
+                "split": self.split,
+                "checkpoint": self.checkpoint,
+                **dataclasses.asdict(result.metrics),
+                "unknown_ids": result.unknown_ids,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict the click probability of raw rows.
+
+    INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
+    Criteo's test.txt a valid Kaggle submission. MODEL is a RUN; its DATASET is not needed.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """What `dlrm train` made."""
+    input: tyro.conf.Positional[Path]
+    """Raw rows."""
+    output: tyro.conf.Positional[Path]
+    """The CSV file to write."""
+    first_id: int | None = None
+    """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best on validation, or the newest."""
+    device: DeviceKind = "cpu"
+    """Where to compute."""
+    local_rank: int = 0
+    """Which card of that kind."""
+
+    def execute(self) -> None:
+        """Predict and print a summary."""
+        from dlrm.prediction import load, predict_file
+
+        predictor = load(
+            self.model, checkpoint=self.checkpoint, device=self.device, local_rank=self.local_rank
+        )
+        _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Take the reference implementation's command line, verbatim."""
+
+    arguments: tuple[str, ...]
+    """Flags of dlrm_s_pytorch.py."""
+
+    def execute(self) -> None:
+        """Print the commands that the flags mean here, then run them."""
+        from dlrm import reference
+
+        reference.main(self.arguments)
+
+
+_VERBS: dict[str, tuple[type[Any], str]] = {
+    "synthesize": (Synthesize, "make Criteo-shaped data with a known best possible AUC"),
+    "prepare": (Prepare, "turn raw rows into a DATASET"),
+    "train": (Train, "train a model on a DATASET, and evaluate it"),
+    "run": (Run, "prepare, train, evaluate and predict in one go"),
+    "evaluate": (Evaluate, "print a run's metrics on a split"),
+    "predict": (Predict, "predict the click probability of raw rows"),
+    "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit.
+
+    The exit status is 0 when done, 1 for a bug, 2 for wrong input or options, 3 when the disk,
+    memory or a device fails, 130 or 143 when stopped by SIGINT or SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    _log_to_standard_error()
+    try:
+        parse(sys.argv[1:] if arguments is None else arguments).execute()
+        sys.stdout.flush()
+    except UserError as error:
+        _fail(2, error)
+    except EnvironmentFaultError as error:
+        _fail(3, error)
+    except MemoryError as error:
+        _fail(3, f"memory ran out: {error}. Free some, or use smaller batches or fewer rows.")
+    except BrokenPipeError:
+        # Who read our output has gone; leave nothing for the interpreter's own flush to trip over.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted")
+    sys.exit(0)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Parse a command line without running it.
+
+    Args:
+        arguments: Everything after ``dlrm``.
+
+    Raises:
+        UserError: No such verb, or a configuration file is wrong.
+        SystemExit: Help was asked for (0), or an option is wrong (2).
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        sys.exit(0 if arguments else 2)
+    verb, *rest = arguments
+    if verb == "--version":
+        sys.stdout.write(f"dlrm {__version__}\n")
+        sys.exit(0)
+    if verb not in _VERBS:
+        raise UserError(f"there is no command {verb!r}. Commands: {', '.join(_VERBS)}.")
+    if verb == "reference":
+        return Reference(tuple(rest))
+    kind = _VERBS[verb][0]
+    command: Command = tyro.cli(
+        kind,
+        prog=f"dlrm {verb}",
+        args=rest,
+        default=kind(**_defaults(kind, rest)),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
+    )
+    return command
+
+
+def _defaults(kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what a verb's fields are before its flags are read: defaults, then ``--config``."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name == "options":
+            values["options"] = typing.get_type_hints(kind)["options"]()
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        else:
+            values[field.name] = tyro.MISSING
+    if "config" in values:
+        for index, argument in enumerate(arguments):
+            name, equals, value = argument.partition("=")
+            if name == "--config":
+                path = value if equals else arguments[index + 1 : index + 2]
+                if path:
+                    file = Path(path if isinstance(path, str) else path[0])
+                    values["options"], dataset = read_config(file)
+                    if dataset and "source" not in values:
+                        values["dataset"] = Path(dataset)
+    return values
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {verb:<11} {text}" for verb, (_, text) in _VERBS.items())
+    return (
+        "usage: dlrm COMMAND [OPTIONS]\n\n"
+        "DLRM for PyTorch: from raw click logs to a trained, evaluated model.\n\n"
+        f"{verbs}\n\n"
+        "`dlrm COMMAND --help` tells a command's options; `dlrm --version` the version.\n\n"
+        "A first run on made-up data:\n"
+        "  dlrm synthesize data --rows 100000\n"
+        "  dlrm run data my-run\n"
+    )
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def _log_to_standard_error() -> None:
+    if logger.handlers:
+        return
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+class _Handler(logging.Handler):
+    """Writes messages to standard error without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        tqdm.write(f"{level}{self.format(record)}", file=sys.stderr)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    # As an exception, so that temporary files go.
+    _fail(128 + number, "terminated")
+
+
+def _fail(status: int, message: object) -> NoReturn:
+    sys.stderr.write(f"dlrm: error: {message}\n")
+    sys.exit(status)

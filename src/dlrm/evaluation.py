@@ -1,0 +1,85 @@
+"""Metrics and probabilities of a split, while training and of a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm.config import DeviceKind, TrainConfig
+from dlrm.data.dataset import Dataset
+from dlrm.device import open_device
+from dlrm.errors import UserError
+from dlrm.metrics import Metrics, compute_metrics
+from dlrm.model.dlrm import DLRM
+from dlrm.model.score import score
+from dlrm.runs import Run, Which
+from dlrm.schema import FeatureSchema, Split
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """How a model does on a split."""
+
+    metrics: Metrics
+    probabilities: npt.NDArray[np.float32]
+    """(rows of the split,), in stored order."""
+    unknown_ids: int
+    """Bags that were empty because their value was never seen."""
+
+
+def evaluate_split(
+    model: DLRM, data: Dataset, split: Split, schema: FeatureSchema, config: TrainConfig
+) -> SplitResult:
+    """Score a split of a DATASET and compute its metrics.
+
+    Args:
+        model: On any device.
+        data: The DATASET.
+        split: Which of its splits.
+        schema: The run's, which can differ from the dataset's in its id modulus.
+        config: Batch size, limit of batches, and the loss whose threshold clamps probabilities.
+    """
+    batches = data.batches(
+        split, config.evaluation_batch_size, schema=schema, num_batches=config.num_batches
+    )
+    scored = score(model, batches, config.loss)
+    metrics = compute_metrics(scored.labels, scored.probabilities)
+    return SplitResult(metrics, scored.probabilities, scored.unknown_ids)
+
+
+def evaluate(
+    run: Path | str,
+    split: Split = "test",
+    *,
+    checkpoint: Which = "best",
+    dataset: Path | str | None = None,
+    device: DeviceKind = "cpu",
+    local_rank: int = 0,
+) -> SplitResult:
+    """Evaluate a checkpoint of a RUN on any split of its DATASET.
+
+    Args:
+        run: The RUN folder.
+        split: Which split.
+        checkpoint: "best" on the selection split, or "newest".
+        dataset: Where its DATASET is now; None: where it was when the run was trained.
+        device: Where to compute.
+        local_rank: Which card of that kind.
+
+    Raises:
+        UserError: The run, its checkpoint or the dataset is missing, damaged or does not fit.
+        EnvironmentFaultError: The device is missing.
+    """
+    opened = Run.open(Path(run))
+    data = Dataset.open(Path(dataset) if dataset else opened.dataset)
+    if data.schema.fingerprint != opened.schema.fingerprint:
+        raise UserError(
+            f"{data.path} is not the DATASET that {run} was trained on: its fingerprint is "
+            f"{data.schema.fingerprint}, expected {opened.schema.fingerprint}. Name the right one "
+            "with --dataset, or prepare it again with the same options."
+        )
+    model = opened.load_model(checkpoint, open_device(device, local_rank))
+    return evaluate_split(model, data, split, opened.schema, opened.config)

@@ -1,0 +1,165 @@
+"""Raw rows to click probabilities, through the very encoding and transform of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+
+from dlrm.config import DeviceKind, TrainConfig
+from dlrm.data import criteo
+from dlrm.data.batch import make_batch
+from dlrm.data.vocabulary import Encoder
+from dlrm.device import open_device
+from dlrm.errors import UserError
+from dlrm.files import atomic_write
+from dlrm.metrics import Metrics, compute_metrics
+from dlrm.model.dlrm import DLRM
+from dlrm.model.score import score_batch
+from dlrm.runs import Run, Which
+from dlrm.schema import FeatureSchema
+
+FIRST_SUBMISSION_ID = 60000000
+"""The Id of the first row of Criteo's test.txt in a Kaggle submission."""
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What a prediction came to."""
+
+    rows: int
+    unknown_ids: dict[str, int]
+    """By sparse feature with any: values never seen when vocabularies were fitted, taken as empty
+    bags."""
+    metrics: Metrics | None
+    """Where the rows have labels."""
+
+
+class Predictor:
+    """A trained model that takes raw rows.
+
+    Args:
+        schema: Of the features.
+        config: Of the training.
+        model: In evaluation mode.
+        encoder: Raw values to ids.
+    """
+
+    def __init__(
+        self, schema: FeatureSchema, config: TrainConfig, model: DLRM, encoder: Encoder
+    ) -> None:
+        self.schema = schema
+        self.config = config
+        self.model = model
+        self._encoder = encoder
+
+    def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
+        """Return the click probability of each row, (n,).
+
+        Args:
+            table: A column for each feature of the schema, by name, raw: dense features are
+                integers, sparse ones strings of 8 hexadecimal digits or integers below 2**32;
+                null where missing. Other columns are left alone.
+
+        Raises:
+            UserError: A column is missing or holds something else.
+        """
+        columns = table if isinstance(table, pa.Table) else pa.table(dict(table))
+        dense, values = criteo.rows_from_table(columns, self.schema)
+        return self.predict_rows(dense, values)[0]
+
+    def predict_rows(
+        self, dense: npt.NDArray[np.int32], values: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Score parsed rows.
+
+        Args:
+            dense: (n, number of dense features), missing and negative values already 0.
+            values: (n, F), missing values 0.
+
+        Returns:
+            Probabilities, (n,), and for each sparse feature, (F,), how many values were unknown.
+        """
+        ids = self._encoder.encode(values)
+        step = self.config.evaluation_batch_size
+        parts = [np.zeros(0, np.float32)]
+        for start in range(0, len(dense), step):
+            rows = slice(start, start + step)
+            batch = make_batch(self.schema, dense[rows], ids[rows], None)
+            parts.append(score_batch(self.model, batch, self.config.loss))
+        return np.concatenate(parts), (ids < 0).sum(axis=0)
+
+
+def load(
+    path: Path | str,
+    *,
+    checkpoint: Which = "best",
+    device: DeviceKind = "cpu",
+    local_rank: int = 0,
+) -> Predictor:
+    """Load a trained model that takes raw rows; its DATASET is not needed.
+
+    Args:
+        path: A RUN folder.
+        checkpoint: "best" on the selection split, or "newest".
+        device: Where to compute.
+        local_rank: Which card of that kind.
+
+    Raises:
+        UserError: The run is missing or damaged, or its vocabularies are not known.
+        EnvironmentFaultError: The device is missing.
+    """
+    run = Run.open(Path(path))
+    encoder = Encoder.open(run.path, run.schema)
+    model = run.load_model(checkpoint, open_device(device, local_rank))
+    return Predictor(run.schema, run.config, model, encoder)
+
+
+def predict_file(
+    predictor: Predictor, source: Path, output: Path, *, first_id: int | None = None
+) -> PredictionSummary:
+    """Score a file of raw Criteo rows into a CSV file ``Id,Predicted``, Kaggle's submission format.
+
+    Args:
+        predictor: The model.
+        source: Rows with or without a label.
+        output: Appears when it is complete.
+        first_id: The first row's Id; None: 60000000 for rows without a label, as in Kaggle's
+            submissions, and 0 for rows with one.
+
+    Raises:
+        UserError: A row is malformed.
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    if output.exists() and output.samefile(source):
+        raise UserError(f"{output} is the input too. Choose another output.")
+    labels: list[npt.NDArray[np.uint8]] = []
+    scores = [np.zeros(0, np.float32)]
+    unknown = np.zeros(len(predictor.schema.sparse), np.int64)
+    rows = 0
+    with atomic_write(output) as file:
+        schema = pa.schema([("Id", pa.int64()), ("Predicted", pa.float32())])
+        options = pa.csv.WriteOptions(quoting_style="none", include_header=False)
+        file.write(b"Id,Predicted\n")
+        with pa.csv.CSVWriter(file, schema, write_options=options) as writer:
+            for block in criteo.read_blocks(source):
+                if first_id is None:
+                    first_id = FIRST_SUBMISSION_ID if block.labels is None else 0
+                probabilities, unknown_in_block = predictor.predict_rows(block.dense, block.sparse)
+                ids = np.arange(first_id + rows, first_id + rows + len(probabilities))
+                writer.write_batch(pa.record_batch([ids, probabilities], schema=schema))
+                rows += len(probabilities)
+                unknown += unknown_in_block
+                if block.labels is not None:
+                    labels.append(block.labels)
+                    scores.append(probabilities)
+    metrics = compute_metrics(np.concatenate(labels), np.concatenate(scores)) if labels else None
+    names = [feature.name for feature in predictor.schema.sparse]
+    counted = {name: int(count) for name, count in zip(names, unknown, strict=True) if count}
+    return PredictionSummary(rows, counted, metrics)
