@@ -15,6 +15,7 @@ import pyarrow.csv
 from dlrm.config import DeviceKind, TrainConfig
 from dlrm.data import criteo
 from dlrm.data.batch import make_batch
+from dlrm.data.table import rows_from_table
 from dlrm.data.vocabulary import Encoder
 from dlrm.device import open_device
 from dlrm.errors import UserError
@@ -71,7 +72,7 @@ class Predictor:
             UserError: A column is missing or holds something else.
         """
         columns = table if isinstance(table, pa.Table) else pa.table(dict(table))
-        dense, values = criteo.rows_from_table(columns, self.schema)
+        dense, values = rows_from_table(columns, self.schema)
         return self.predict_rows(dense, values)[0]
 
     def predict_rows(

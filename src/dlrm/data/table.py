@@ -1,0 +1,87 @@
+"""Raw rows that come as a table in memory rather than as a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dlrm.errors import UserError
+from dlrm.schema import FeatureSchema
+
+_MISSING = 0  # what a missing value of either kind becomes
+_LARGEST_DENSE = 2**31 - 1
+
+
+def rows_from_table(
+    table: pa.Table, schema: FeatureSchema
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:
+    """Take the schema's columns out of a table of raw rows.
+
+    Args:
+        table: Dense columns hold integers, sparse ones strings of 8 hexadecimal digits or integers
+            below 2**32; nulls are missing values. Other columns are left alone.
+        schema: Names the columns.
+
+    Returns:
+        Dense values, (n, number of dense features), missing and negative ones 0, and sparse
+        values, (n, F), missing ones 0.
+
+    Raises:
+        UserError: A column is missing, or a value is none of the above; it names the row.
+    """
+    names = [feature.name for feature in (*schema.dense, *schema.sparse)]
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise UserError(
+            f"the table lacks the columns {', '.join(missing)}; expected {', '.join(names)}, got "
+            f"{', '.join(table.column_names) or 'none'}. Add them (null where a value is missing)."
+        )
+    dense = np.empty((table.num_rows, len(schema.dense)), np.int32)
+    for column, feature in enumerate(schema.dense):
+        integers = _integers(table.column(feature.name), feature.name)
+        _refuse(integers > _LARGEST_DENSE, integers, feature.name, f"at most {_LARGEST_DENSE}")
+        dense[:, column] = np.maximum(integers, 0)
+    values = np.empty((table.num_rows, len(schema.sparse)), np.uint32)
+    for column, feature in enumerate(schema.sparse):
+        chunks = table.column(feature.name)
+        if pa.types.is_string(chunks.type) or pa.types.is_large_string(chunks.type):
+            values[:, column] = _hexadecimal(chunks, feature.name)
+        else:
+            integers = _integers(chunks, feature.name)
+            outside = (integers < 0) | (integers >= 2**32)
+            _refuse(outside, integers, feature.name, "0 … 2**32-1")
+            values[:, column] = integers
+    return dense, values
+
+
+def _integers(chunks: pa.ChunkedArray, name: str) -> npt.NDArray[np.int64]:
+    try:
+        integers = chunks.cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(
+            f"column {name} must hold integers, got {chunks.type}: {error}. Convert it."
+        ) from error
+    filled: npt.NDArray[np.int64] = pc.fill_null(integers, _MISSING).to_numpy()
+    return filled
+
+
+def _hexadecimal(chunks: pa.ChunkedArray, name: str) -> npt.NDArray[np.uint32]:
+    strings = pc.fill_null(chunks, "00000000")
+    bad = ~pc.match_substring_regex(strings, r"\A[0-9a-fA-F]{8}\z").to_numpy()
+    _refuse(bad, strings.to_pylist(), name, "8 hexadecimal digits, or null")
+    return np.frombuffer(bytes.fromhex("".join(strings.to_pylist())), ">u4").astype(np.uint32)
+
+
+def _refuse(
+    bad: npt.NDArray[np.bool_],
+    values: npt.NDArray[np.int64] | list[str],
+    name: str,
+    expected: str,
+) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise UserError(
+            f"row {row} of column {name}: expected {expected}, got {values[row]!r}. Correct it."
+        )

@@ -1,0 +1,52 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dlrm.data.table import rows_from_table
+from dlrm.errors import UserError
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+
+SCHEMA = FeatureSchema(
+    label="label",
+    dense=(DenseFeature("age"),),
+    sparse=(SparseFeature("ad", 10), SparseFeature("site", 10)),
+    source_format="test",
+    split_rule="none",
+)
+COLUMNS = {"ad": ["0000000a", None], "site": [4294967295, None], "age": [-3, 7], "more": [1, 2]}
+
+
+def test_nulls_and_negatives_become_zero_and_ids_come_as_text_or_number() -> None:
+    dense, values = rows_from_table(pa.table(COLUMNS), SCHEMA)
+    assert dense.dtype == np.int32
+    assert dense.tolist() == [[0], [7]]
+    assert values.dtype == np.uint32
+    assert values.tolist() == [[10, 4294967295], [0, 0]]
+
+
+def test_an_empty_table_gives_no_rows() -> None:
+    dense, values = rows_from_table(pa.table(COLUMNS).slice(0, 0), SCHEMA)
+    assert (dense.shape, values.shape) == ((0, 1), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ad": ["0000000a", "12"]}, r"row 1 of column ad: expected 8 hexadecimal digits.*'12'"),
+        ({"ad": ["0000000g", "00000012"]}, r"row 0 of column ad.*'0000000g'"),
+        ({"ad": ["0000000a\n", "00000012"]}, r"row 0 of column ad.*\\n"),
+        ({"site": [-1, 2]}, r"row 0 of column site: expected 0 … 2\*\*32-1, got .*-1"),
+        ({"site": [1, 2**32]}, r"row 1 of column site.*4294967296"),
+        ({"age": [1, 2**31]}, r"row 1 of column age: expected at most 2147483647"),
+        ({"age": [0.5, 1.0]}, r"column age must hold integers, got double"),
+        ({"age": ["x", "y"]}, r"column age must hold integers, got string"),
+    ],
+)
+def test_bad_values_are_refused_by_row_and_column(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rows_from_table(pa.table(COLUMNS | change), SCHEMA)
+
+
+def test_missing_columns_are_named() -> None:
+    with pytest.raises(UserError, match=r"lacks the columns age, site; expected age, ad, site"):
+        rows_from_table(pa.table({"ad": ["0000000a"]}), SCHEMA)
