@@ -151,11 +151,14 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     The lock file lies beside the folder (``.NAME.lock``) so that the folder itself can be renamed.
 
     Raises:
-        UserError: Another process is writing to it.
+        UserError: Another process is writing to it, or the folder it is in is a file.
     """
     folder = Path(os.path.abspath(folder))
     with environment_faults(f"write to {folder.parent}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{folder.parent} is not a folder. Choose another {what}.") from error
         lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
             lock.acquire(timeout=0)
@@ -167,4 +170,6 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Before the release: whoever opened it meanwhile finds it gone, and makes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

@@ -17,8 +17,8 @@ import msgspec
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, read_json, write_json
 
-SPLITS = ("train", "validation", "test")
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

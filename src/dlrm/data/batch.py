@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dlrm.schema import FeatureSchema
 
+# PyTorch splits work among threads from 32768 values on (at::internal::GRAIN_SIZE).
+_VALUES_IN_ONE_THREAD = 16384
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,6 +40,19 @@ class Batch:
     def unknown_ids(self) -> int:
         """Number of empty bags: values that were never seen when vocabularies were fitted."""
         return 0 if self.offsets is None else int((self.offsets.diff() == 0).sum())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return rows start … stop-1, or fewer at the end, as a view."""
+        sparse_features, offsets = self.sparse_features, self.offsets
+        if offsets is None:
+            sparse_features = sparse_features[start:stop]
+        else:
+            bags = (len(offsets) - 1) // len(self)
+            offsets = offsets[start * bags : stop * bags + 1]
+            sparse_features = sparse_features[int(offsets[0]) : int(offsets[-1])]
+            offsets = offsets - offsets[0]
+        labels = None if self.labels is None else self.labels[start:stop]
+        return Batch(self.dense_features[start:stop], sparse_features, labels, offsets)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -67,22 +83,27 @@ def make_batch(
         labels: (B,) zeros and ones, or None.
     """
     # The reference's transform (dlrm_data_pytorch.py, collate_wrapper_criteo_offset) in float32;
-    # log1p would differ in the last bit.
-    dense_features = torch.log(torch.from_numpy(dense).to(torch.float32) + 1)
-    sparse_features = torch.from_numpy(ids).to(torch.int64)
-    unknown = sparse_features < 0
+    # log1p would differ in the last bit. PyTorch computes so few values in the calling thread: a
+    # loader must not start threads that compete with those of the training step.
+    dense_features = torch.from_numpy(dense.astype(np.float32, order="C"))
+    dense_features += 1
+    for values in torch.split(dense_features.view(-1), _VALUES_IN_ONE_THREAD):
+        torch.log_(values)
+    sparse_features = ids.astype(np.int64, order="C")
+    unknown = bool(ids.size) and bool(ids.min() < 0)
     if any(feature.id_modulus for feature in schema.sparse):
-        modulus = [feature.id_modulus or feature.num_embeddings for feature in schema.sparse]
-        sparse_features = torch.where(unknown, -1, sparse_features % torch.tensor(modulus))
+        moduli = [feature.id_modulus or feature.num_embeddings for feature in schema.sparse]
+        limited = sparse_features % np.array(moduli)
+        sparse_features = np.where(sparse_features < 0, -1, limited) if unknown else limited
     offsets = None
-    if bool(unknown.any()):
-        known = ~unknown.reshape(-1)
-        offsets = torch.zeros(known.numel() + 1, dtype=torch.int64)
-        torch.cumsum(known, 0, out=offsets[1:])
-        sparse_features = sparse_features.reshape(-1)[known]
+    if unknown:
+        sparse_features = sparse_features.reshape(-1)
+        known = sparse_features >= 0
+        sparse_features = sparse_features[known]
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(known)]))
     return Batch(
         dense_features,
-        sparse_features,
-        None if labels is None else torch.from_numpy(labels).to(torch.float32),
+        torch.from_numpy(sparse_features),
+        None if labels is None else torch.from_numpy(labels.astype(np.float32)),
         offsets,
     )

@@ -1,0 +1,559 @@
+"""A DATASET folder: prepared rows on disk, written in order and read back as batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dlrm.config import PrepareConfig
+from dlrm.data.batch import Batch, make_batch
+from dlrm.data.vocabulary import Vocabulary
+from dlrm.errors import UserError
+from dlrm.files import (
+    FORMAT_VERSION,
+    atomic_write,
+    environment_faults,
+    flush_folder,
+    locked,
+    read_json,
+    sha256,
+    write_json,
+)
+from dlrm.schema import SPLITS, FeatureSchema, Split, read_schema, write_schema
+
+BLOCK_BYTES = 8 << 20
+"""Bytes of a record batch: what is read, checked and transformed at a time."""
+PART_BYTES = 256 << 20
+"""Bytes of a part, about."""
+BLOCKS_AHEAD = 2
+"""Blocks that the background thread keeps ready."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Stored rows, n of them, before any transform.
+
+    Attributes:
+        labels: (n,) uint8 zeros and ones.
+        dense: (n, number of dense features) int32.
+        sparse: (n, F) int32 ids below each feature's num_embeddings; -1: unknown.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    dense: npt.NDArray[np.int32]
+    sparse: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.labels)
+
+    def __getitem__(self, index: slice | npt.NDArray[np.int64]) -> Rows:
+        """Return some of the rows."""
+        return Rows(self.labels[index], self.dense[index], self.sparse[index])
+
+    @staticmethod
+    def concatenate(runs: Sequence[Rows]) -> Rows:
+        """Return the rows of several runs, one after the other."""
+        if len(runs) == 1:
+            return runs[0]
+        return Rows(
+            np.concatenate([run.labels for run in runs]),
+            np.concatenate([run.dense for run in runs]),
+            np.concatenate([run.sparse for run in runs]),
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of rows."""
+
+    file: str
+    """Its path within the DATASET."""
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """The rows of a split."""
+
+    rows: int
+    clicks: int
+    """Rows whose label is 1."""
+    parts: tuple[Part, ...]
+    """In stored order."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file that a DATASET was made from."""
+
+    name: str
+    bytes: int
+    mtime_ns: int
+    """Time of its last change, in nanoseconds since 1970."""
+    sha256: str
+    lacks_last_newline: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``: what a DATASET consists of and what it was made from."""
+
+    splits: dict[Split, StoredSplit]
+    schema_fingerprint: str
+    source: Source | None = None
+    """None: made-up rows."""
+    options: PrepareConfig | None = None
+    days: tuple[int, ...] = ()
+    """Rows of each day of the source."""
+    rows_rejected: int = 0
+    format_version: str = FORMAT_VERSION
+
+    @property
+    def train_days(self) -> tuple[int, ...]:
+        """Rows of each training day."""
+        return self.days[:-1]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A DATASET that is complete.
+
+    Attributes:
+        path: The folder.
+        schema: What a row consists of.
+        manifest: Where the rows are.
+    """
+
+    path: Path
+    schema: FeatureSchema
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: Path) -> Dataset:
+        """Read a DATASET's description and check that its parts are there.
+
+        Raises:
+            UserError: It is missing, incomplete, damaged, or of another version.
+        """
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder. Name a DATASET that `dlrm prepare` made.")
+        manifest = read_json(path / "manifest.json", Manifest, "dataset")
+        schema = read_schema(path, "dataset")
+        if schema.fingerprint != manifest.schema_fingerprint:
+            raise UserError(
+                f"{path / 'schema.json'} does not belong to {path / 'manifest.json'}: its "
+                f"fingerprint is {schema.fingerprint or 'absent'}, expected "
+                f"{manifest.schema_fingerprint}. Prepare the dataset again."
+            )
+        for split in SPLITS:
+            if split not in manifest.splits:
+                raise UserError(
+                    f"{path / 'manifest.json'} has no split {split}. Prepare the dataset again."
+                )
+            for part in manifest.splits[split].parts:
+                file = path / part.file
+                size = file.stat().st_size if file.is_file() else None
+                if size != part.bytes:
+                    raise UserError(
+                        f"{file} is damaged: expected {part.bytes} bytes, got "
+                        f"{'no file' if size is None else size}. Prepare the dataset again."
+                    )
+        return Dataset(path, schema, manifest)
+
+    def rows(self, split: Split) -> int:
+        """Return the number of rows of a split."""
+        return self.manifest.splits[split].rows
+
+    def batches(
+        self,
+        split: Split,
+        mini_batch_size: int,
+        *,
+        schema: FeatureSchema | None = None,
+        first_batch: int = 0,
+        num_batches: int = 0,
+    ) -> Generator[Batch, None, None]:
+        """Read a split in stored order; the last batch may be short.
+
+        One background thread reads and transforms blocks ahead; a batch is a view of a block. The
+        thread ends with the generator: exhaust it or close it.
+
+        Args:
+            split: Which split.
+            mini_batch_size: Rows a batch.
+            schema: Transform with this schema instead of the DATASET's (it may limit ids).
+            first_batch: Skip so many batches.
+            num_batches: Stop after so many batches; 0: at the end of the split.
+
+        Raises:
+            UserError: A part is missing or damaged.
+            EnvironmentFaultError: The disk fails.
+        """
+        first = first_batch * mini_batch_size
+        last = self.rows(split)
+        if num_batches:
+            last = min(last, first + num_batches * mini_batch_size)
+        blocks = self._blocks(split, mini_batch_size, schema or self.schema, first, last)
+        with _in_background(blocks, BLOCKS_AHEAD) as ready:
+            for block in ready:
+                for start in range(0, len(block), mini_batch_size):
+                    yield block.rows(start, start + mini_batch_size)
+
+    def _blocks(
+        self, split: Split, mini_batch_size: int, schema: FeatureSchema, first: int, last: int
+    ) -> Iterator[Batch]:
+        """Transform rows first … last-1, a whole number of mini-batches at a time."""
+        pending: list[Rows] = []
+        count = 0
+        for run in self._stored_rows(split, first, last):
+            pending.append(run)
+            count += len(run)
+            whole = count - count % mini_batch_size
+            if whole:
+                rows = Rows.concatenate(pending)
+                yield _make_batch(schema, rows[:whole])
+                pending = [rows[whole:]]
+                count -= whole
+        if count:
+            yield _make_batch(schema, Rows.concatenate(pending))
+
+    def _stored_rows(self, split: Split, first: int, last: int) -> Iterator[Rows]:
+        """Read rows first … last-1 of a split, a record batch at a time."""
+        position = 0
+        for part in self.manifest.splits[split].parts:
+            end = position + part.rows
+            if end > first and position < last:
+                for run in read_part(self.path, part, self.schema):
+                    wanted = run[max(first - position, 0) : max(last - position, 0)]
+                    if len(wanted):
+                        yield wanted
+                    position += len(run)
+                    if position >= last:
+                        return
+            position = end
+
+
+def _make_batch(schema: FeatureSchema, rows: Rows) -> Batch:
+    return make_batch(schema, rows.dense, rows.sparse, rows.labels)
+
+
+@contextmanager
+def _in_background(items: Iterator[Batch], ahead: int) -> Iterator[Iterator[Batch]]:
+    """Advance an iterator in a thread, at most so many items ahead.
+
+    What it raises is raised to the consumer. On leaving the context the thread is joined, whether
+    or not everything was consumed.
+    """
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                ready.put(item)
+                if stopped.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    def consume() -> Iterator[Batch]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=work, name="dlrm-dataset", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            # The thread may be waiting for room, once more after each item that is taken out.
+            while not ready.empty():
+                ready.get()
+            thread.join(0.01)
+
+
+def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]:
+    """Read a part of a DATASET, a record batch at a time, and check what is in it.
+
+    Args:
+        folder: The DATASET.
+        part: As the manifest has it.
+        schema: The DATASET's.
+
+    Raises:
+        UserError: The part is missing or damaged.
+        EnvironmentFaultError: The disk fails.
+    """
+    path = folder / part.file
+    limits = np.array(schema.num_embeddings, np.int64)
+    expected = stored_columns(schema)
+    rows = 0
+    try:
+        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            if reader.schema != expected:
+                raise _damaged(path, f"expected the columns {expected}, got {reader.schema}")
+            for index in range(reader.num_record_batches):
+                run = _rows_of(reader.get_batch(index))
+                if len(run) and (
+                    run.labels.max() > 1
+                    or (run.sparse.max(axis=0, initial=-1) >= limits).any()
+                    or run.sparse.min(initial=0) < -1
+                    or run.dense.min(initial=0) < 0
+                ):
+                    raise _damaged(path, "expected labels 0 or 1 and ids of the vocabularies")
+                rows += len(run)
+                yield run
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if rows != part.rows:
+        raise _damaged(path, f"expected {part.rows} rows, got {rows}")
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged: {reason}. Prepare the dataset again.")
+
+
+def stored_columns(schema: FeatureSchema) -> pa.Schema:
+    """Return the columns of a part."""
+    return pa.schema(
+        [
+            pa.field("label", pa.uint8(), nullable=False),
+            pa.field("dense", _list_of(len(schema.dense)), nullable=False),
+            pa.field("sparse", _list_of(len(schema.sparse)), nullable=False),
+        ]
+    )
+
+
+def _list_of(length: int) -> pa.DataType:
+    return pa.list_(pa.field("item", pa.int32(), nullable=False), length)
+
+
+def _rows_of(batch: pa.RecordBatch) -> Rows:
+    labels, dense, sparse = batch.columns
+    return Rows(
+        labels.to_numpy(),
+        dense.flatten().to_numpy().reshape(len(batch), -1),
+        sparse.flatten().to_numpy().reshape(len(batch), -1),
+    )
+
+
+def block_rows(schema: FeatureSchema) -> int:
+    """Return how many rows a record batch has."""
+    return max(1, BLOCK_BYTES // _row_bytes(schema))
+
+
+def _row_bytes(schema: FeatureSchema) -> int:
+    return 1 + 4 * (len(schema.dense) + len(schema.sparse))
+
+
+class DatasetWriter:
+    """Writes the rows of a DATASET; see ``new_dataset``.
+
+    Args:
+        folder: An empty folder.
+        schema: What a row consists of, sealed.
+    """
+
+    def __init__(self, folder: Path, schema: FeatureSchema) -> None:
+        self.schema = schema
+        self._folder = folder
+        self._columns = stored_columns(schema)
+        self._parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
+        self._clicks: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        for split in SPLITS:
+            (folder / split).mkdir()
+
+    def append(self, split: Split, runs: Iterable[Rows]) -> None:
+        """Store rows after those that the split has.
+
+        Args:
+            split: Where.
+            runs: Each becomes a record batch; ``block_rows`` says how long one should be.
+        """
+        part_rows = PART_BYTES // _row_bytes(self.schema)
+        remaining = iter(runs)
+        first = next(remaining, None)
+        while first is not None:
+            name = f"{split}/part-{len(self._parts[split]):05}.arrow"
+            path = self._folder / name
+            rows = 0
+            with atomic_write(path) as file, pa.ipc.new_file(file, self._columns) as writer:
+                while first is not None and rows < part_rows:
+                    writer.write_batch(self._record_batch(first))
+                    rows += len(first)
+                    self._clicks[split] += int(first.labels.sum())
+                    first = next(remaining, None)
+            part = Part(name, rows, path.stat().st_size, sha256(path))
+            self._parts[split].append(part)
+
+    def _record_batch(self, rows: Rows) -> pa.RecordBatch:
+        columns = [pa.array(rows.labels)]
+        for field, values in zip(("dense", "sparse"), (rows.dense, rows.sparse), strict=True):
+            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+            columns.append(
+                pa.FixedSizeListArray.from_arrays(flat, type=self._columns.field(field).type)
+            )
+        return pa.record_batch(columns, schema=self._columns)
+
+    def splits(self) -> dict[Split, StoredSplit]:
+        """Return what was written."""
+        return {
+            split: StoredSplit(sum(part.rows for part in parts), self._clicks[split], tuple(parts))
+            for split, parts in self._parts.items()
+        }
+
+
+@contextmanager
+def new_dataset(
+    path: Path,
+    schema: FeatureSchema,
+    vocabularies: Sequence[Vocabulary] = (),
+    *,
+    overwrite: bool = False,
+    **description: Any,
+) -> Iterator[DatasetWriter]:
+    """Write a DATASET that appears under its name when the context ends without an exception.
+
+    Hold the lock of ``path`` meanwhile (``files.locked``).
+
+    Args:
+        path: The folder to make.
+        schema: What a row consists of.
+        vocabularies: One for each sparse feature, or none.
+        overwrite: Replace a DATASET that is there.
+        description: Fields of the Manifest: source, options, days, rows_rejected.
+
+    Raises:
+        UserError: There is something at ``path`` already.
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    refuse_taken(path, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.partial")
+    replaced = path.with_name(f".{path.name}.replaced")
+    with environment_faults(f"write to {path.parent}"), ExitStack() as undo:
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        for leftover in (partial, replaced):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        writer = DatasetWriter(partial, _write_description(partial, schema, vocabularies))
+        yield writer
+        manifest = Manifest(writer.splits(), writer.schema.fingerprint, **description)
+        write_json(partial / "manifest.json", manifest)
+        for folder in (*(partial / split for split in SPLITS), partial):
+            flush_folder(folder)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        flush_folder(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_description(
+    folder: Path, schema: FeatureSchema, vocabularies: Sequence[Vocabulary]
+) -> FeatureSchema:
+    """Write vocabularies and the schema, which is returned as written."""
+    checksums = [""] * len(schema.sparse)
+    if vocabularies:
+        (folder / "vocabulary").mkdir()
+        schema = dataclasses.replace(
+            schema,
+            sparse=tuple(
+                dataclasses.replace(feature, vocabulary=f"{feature.name}.arrow")
+                for feature in schema.sparse
+            ),
+        )
+        checksums = [
+            vocabulary.write(folder / "vocabulary" / feature.vocabulary)
+            for feature, vocabulary in zip(schema.sparse, vocabularies, strict=True)
+        ]
+    schema = schema.sealed(tuple(checksums))
+    write_schema(folder, schema)
+    return schema
+
+
+def refuse_taken(path: Path, *, overwrite: bool) -> None:
+    """Refuse to write where something is already, but for an empty folder.
+
+    Raises:
+        UserError: There is something that is no DATASET, or a DATASET and overwrite is false.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise UserError(f"{path} exists and is not a folder. Choose another DATASET.")
+    if not any(path.iterdir()):
+        return
+    if not (path / "manifest.json").is_file():
+        raise UserError(
+            f"{path} is not empty and no DATASET, and it is not overwritten. Choose another "
+            "DATASET, or empty the folder."
+        )
+    if not overwrite:
+        raise UserError(
+            f"{path} is a DATASET already. Choose another one, or start over with --overwrite."
+        )
+
+
+def write_dataset(
+    path: Path, schema: FeatureSchema, rows: Mapping[Split, Iterable[Rows]]
+) -> Dataset:
+    """Make a DATASET of rows that are prepared already, such as made-up ones.
+
+    Args:
+        path: The folder to make.
+        schema: What a row consists of.
+        rows: Of each split, in runs of any length, each of which becomes a record batch.
+
+    Raises:
+        UserError: There is something at ``path`` already.
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    with locked(path, "dataset"), new_dataset(path, schema) as writer:
+        for split, runs in rows.items():
+            writer.append(split, runs)
+    return Dataset.open(path)
+
+
+def copy_description(source: Path, target: Path, schema: FeatureSchema) -> None:
+    """Put what predicting raw rows needs, schema and vocabularies, into a RUN.
+
+    Vocabularies are hard links where the file system can make them, else copies.
+
+    Args:
+        source: A DATASET.
+        target: A RUN, which exists.
+        schema: The RUN's schema, which may limit ids further than the DATASET's.
+    """
+    with environment_faults(f"write to {target}"):
+        names = [feature.vocabulary for feature in schema.sparse if feature.vocabulary]
+        if names:
+            (target / "vocabulary").mkdir(exist_ok=True)
+        for name in names:
+            link = target / "vocabulary" / name
+            link.unlink(missing_ok=True)
+            try:
+                os.link(source / "vocabulary" / name, link)
+            except OSError:
+                with open(source / "vocabulary" / name, "rb") as file, atomic_write(link) as copy:
+                    shutil.copyfileobj(file, copy)
+        write_schema(target, schema)

@@ -1,0 +1,230 @@
+"""Raw rows to a DATASET: read, fit vocabularies, split, order, write.
+
+Rows are held in memory meanwhile: about 160 bytes each, and 260 while vocabularies are fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from dlrm.config import PrepareConfig
+from dlrm.data import criteo, reference_npz, vocabulary
+from dlrm.data.dataset import Dataset, Rows, Source, block_rows, new_dataset, refuse_taken
+from dlrm.data.splits import RULE, split_rows, training_order
+from dlrm.data.vocabulary import Vocabulary
+from dlrm.device import available_cores
+from dlrm.errors import UserError
+from dlrm.files import environment_faults, locked, sha256
+from dlrm.schema import FeatureSchema
+
+logger = logging.getLogger("dlrm")
+
+
+def prepare(
+    source: Path, dataset: Path, config: PrepareConfig, *, overwrite: bool = False
+) -> Dataset:
+    """Turn raw rows into a DATASET.
+
+    A DATASET that was made from the same source with the same options is returned as it is.
+
+    Args:
+        source: Criteo's train.txt, a folder that holds it, or a .npz that the reference
+            implementation prepared.
+        dataset: The folder to make.
+        config: Shuffle, seed and limit of values.
+        overwrite: Replace a DATASET that is there, whatever it was made from.
+
+    Returns:
+        The DATASET, opened.
+
+    Raises:
+        UserError: The source is missing or malformed, or ``dataset`` holds something else; nothing
+            is written then.
+        EnvironmentFaultError: A disk fails, is full or read-only.
+    """
+    file = raw_file(source)
+    with locked(dataset, "dataset"):
+        if not overwrite and (dataset / "manifest.json").exists():
+            found = _require_same(dataset, file, config)
+            logger.info("%s is prepared already from %s with these options", dataset, file)
+            return found
+        refuse_taken(dataset, overwrite=overwrite)
+        before = _identify(file)
+        raw = _read_npz(file, config) if file.suffix == ".npz" else _read_text(file, config)
+        if _identify(file) != before:
+            raise UserError(f"{file} changed while it was read. Prepare it once it is complete.")
+        described = dataclasses.replace(
+            before, sha256=raw.sha256, lacks_last_newline=raw.lacks_last_newline
+        )
+        _write(dataset, raw, described, config, overwrite=overwrite)
+    return Dataset.open(dataset)
+
+
+def raw_file(source: Path) -> Path:
+    """Return the file that a source means.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not source.exists():
+        raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
+    if not source.is_dir():
+        return source
+    file = source / "train.txt"
+    if file.is_file():
+        return file
+    if (source / "day_0").exists() or (source / "day_0.gz").exists():
+        raise UserError(
+            f"{source} holds day_0, the 1TB click logs, which this version does not read. Name a "
+            "folder with the Kaggle challenge's train.txt."
+        )
+    raise UserError(f"{source} is a folder without train.txt. Name the file, or its folder.")
+
+
+@dataclass(frozen=True, eq=False)
+class _RawRows:
+    """A source read whole, its rows in their order."""
+
+    rows: Rows
+    schema: FeatureSchema
+    vocabularies: Sequence[Vocabulary]
+    sha256: str
+    lacks_last_newline: bool = False
+
+
+def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
+    digest = hashlib.sha256()
+    last = b""
+
+    with _progress("read", file.stat().st_size, unit="B", unit_scale=True) as progress:
+
+        def observe(chunk: bytes) -> None:
+            nonlocal last
+            digest.update(chunk)
+            progress.update(len(chunk))
+            last = chunk[-1:]
+
+        blocks = list(criteo.read_blocks(file, labelled=True, observe=observe))
+    split_rows(sum(map(len, blocks)), str(file))  # too few rows are refused before the work
+    labels = np.concatenate([_labels(block) for block in blocks])
+    dense = np.concatenate([block.dense for block in blocks])
+    sparse = np.empty((len(labels), len(criteo.SPARSE_NAMES)), np.int32)
+
+    def fit(feature: int) -> Vocabulary:
+        values = [block.sparse[:, feature] for block in blocks]
+        fitted, sparse[:, feature] = vocabulary.fit(values, value_modulus=config.max_ind_range)
+        return fitted
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        features = range(len(criteo.SPARSE_NAMES))
+        vocabularies = list(
+            _progress("fit", len(features), pool.map(fit, features), unit="vocabularies")
+        )
+    schema = criteo.schema(tuple(map(len, vocabularies)), RULE, value_modulus=config.max_ind_range)
+    rows = Rows(labels, dense, sparse)
+    return _RawRows(rows, schema, vocabularies, digest.hexdigest(), last != b"\n")
+
+
+def _labels(block: criteo.RawBlock) -> npt.NDArray[np.uint8]:
+    assert block.labels is not None  # it was read as labelled
+    return block.labels
+
+
+def _read_npz(file: Path, config: PrepareConfig) -> _RawRows:
+    if config.max_ind_range:
+        raise UserError(
+            f"--max-ind-range {config.max_ind_range} limits raw values, which {file} does not "
+            "hold. Prepare from train.txt, or limit ids with --max-ind-range of `dlrm train`."
+        )
+    rows, num_embeddings = reference_npz.read(file)
+    schema = criteo.schema(num_embeddings, RULE, value_modulus=0)
+    return _RawRows(rows, schema, (), sha256(file))
+
+
+def _write(
+    dataset: Path, raw: _RawRows, source: Source, config: PrepareConfig, *, overwrite: bool
+) -> None:
+    split = split_rows(len(raw.rows), source.name)
+    order = training_order(split.days[:-1], config.shuffle, config.seed)
+    step = block_rows(raw.schema)
+
+    with (
+        new_dataset(
+            dataset,
+            raw.schema,
+            raw.vocabularies,
+            overwrite=overwrite,
+            source=source,
+            options=config,
+            days=split.days,
+        ) as writer,
+        _progress("write", len(raw.rows), unit="rows", unit_scale=True) as progress,
+    ):
+
+        def runs(indices: npt.NDArray[np.int64]) -> Iterator[Rows]:
+            for start in range(0, len(indices), step):
+                run = raw.rows[indices[start : start + step]]
+                yield run
+                progress.update(len(run))
+
+        writer.append("train", runs(order))
+        writer.append("validation", runs(np.array(split.validation)))
+        writer.append("test", runs(np.array(split.test)))
+
+
+def _identify(file: Path) -> Source:
+    """Describe a file without reading it."""
+    with environment_faults(f"read {file}"):
+        status = file.stat()
+    return Source(file.name, status.st_size, status.st_mtime_ns, sha256="")
+
+
+def _require_same(dataset: Path, file: Path, config: PrepareConfig) -> Dataset:
+    """Open a DATASET that must have been made from this file with these options.
+
+    Raises:
+        UserError: It was not, or is damaged.
+    """
+    try:
+        found = Dataset.open(dataset)
+    except UserError as error:
+        raise UserError(f"{error} (--overwrite starts over.)") from error
+    differences = []
+    source, now = found.manifest.source, _identify(file)
+    if (
+        source is None
+        or source.bytes != now.bytes
+        or (source.mtime_ns != now.mtime_ns and source.sha256 != sha256(file))
+    ):
+        made_from = "made-up rows" if source is None else f"{source.name} ({source.bytes} bytes)"
+        differences.append(
+            f"it was made from {made_from}, and {file} ({now.bytes} bytes) has other content"
+        )
+    options = found.manifest.options or PrepareConfig()
+    for field in dataclasses.fields(PrepareConfig):
+        expected, got = getattr(config, field.name), getattr(options, field.name)
+        if expected != got:
+            flag = f"--{field.name.replace('_', '-')}"
+            differences.append(f"it was made with {flag} {got}, and {flag} {expected} is asked for")
+    if differences:
+        raise UserError(
+            f"{dataset} is another DATASET: {'; '.join(differences)}. Choose another one, or start "
+            "over with --overwrite."
+        )
+    return found
+
+
+def _progress(description: str, total: int, items: Any = None, **options: Any) -> Any:
+    """Return a progress bar, which is seen after two seconds, and in a terminal only."""
+    return tqdm(items, description, total, delay=2, disable=None, leave=False, **options)
