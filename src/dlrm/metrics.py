@@ -122,9 +122,9 @@ def _log_loss(clicked: NDArray[np.bool_], probabilities: NDArray[np.float32]) ->
     if not len(clicked):
         return math.nan
     epsilon = np.finfo(np.float32).eps
-    clipped = probabilities.clip(epsilon, 1 - epsilon)
-    of_the_label = np.where(clicked, clipped, 1 - clipped.astype(np.float64))
-    return -float(np.log(of_the_label).mean())
+    clipped = probabilities.clip(epsilon, 1 - epsilon).astype(np.float64)
+    of_the_label = np.subtract(1, clipped, out=clipped, where=~clicked)
+    return -float(np.log(of_the_label, out=of_the_label).mean())
 
 
 def _entropy(clicks: int, samples: int) -> float:
@@ -140,23 +140,26 @@ def _ranking_metrics(
     clicked: NDArray[np.bool_], probabilities: NDArray[np.float32]
 ) -> tuple[float, float]:
     """Return ROC AUC and average precision."""
+    if not len(clicked):
+        return math.nan, 0.0
     # The bits of a float32 in [0, 1], read as an integer, are in the float's order and at most
     # 0x3F800000. That leaves room for the label in the lowest bit, so that sorting plain integers
     # sorts both. Adding 0.0 turns -0.0 into 0.0.
-    bits = (probabilities + np.float32(0)).view(np.uint32)
-    keys = np.sort(bits << np.uint32(1) | clicked)
+    keys = (probabilities + np.float32(0)).view(np.uint32)
+    keys <<= np.uint32(1)
+    keys |= clicked
+    keys.sort()
     starts = np.flatnonzero(np.diff(keys >> np.uint32(1), prepend=np.uint32(2**31)))
 
     # From here on an entry is a distinct probability, in ascending order.
-    positives_below = np.cumsum(keys & np.uint32(1), dtype=np.int64)
-    clicks = int(positives_below[-1]) if len(keys) else 0
-    positives_below = np.concatenate(([0], positives_below))[starts]
-    positives = np.diff(positives_below, append=clicks)
-    negatives_below = starts - positives_below
-    non_clicks = len(keys) - clicks
-    negatives = np.diff(negatives_below, append=non_clicks)
+    samples = np.diff(starts, append=len(keys))
+    positives = np.add.reduceat(keys & np.uint32(1), starts, dtype=np.int64)
+    negatives = samples - positives
+    negatives_below = np.cumsum(negatives) - negatives
+    positives_from_here = np.cumsum(positives[::-1])[::-1]
+    clicks = int(positives_from_here[0])
 
     twice_wins = int((positives * (2 * negatives_below + negatives)).sum())
-    auc = _ratio(twice_wins, 2 * clicks * non_clicks, math.nan)
-    precision = (clicks - positives_below) / (len(keys) - starts)
+    auc = _ratio(twice_wins, 2 * clicks * (len(keys) - clicks), math.nan)
+    precision = positives_from_here / (len(keys) - starts)
     return auc, _ratio(float((positives * precision).sum()), clicks, 0.0)
