@@ -44,8 +44,6 @@ class CheckpointInfo:
     schema_fingerprint: str
     optimizer: str
     """Which optimizer's state it holds; empty: none."""
-    best: float = float("-inf")
-    """The best selection metric seen so far."""
     format_version: str = FORMAT_VERSION
 
 
