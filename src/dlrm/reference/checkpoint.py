@@ -1,0 +1,278 @@
+"""The reference's checkpoints: its ``.pt`` files, in and out.
+
+Names: ``emb_l.J.weight`` is the table of sparse feature J, ``bot_l.K`` and ``top_l.K`` are layer
+K of the dense and the over arch. The optimizer numbers parameters in that order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlrm.checkpoint import CheckpointInfo, Position
+from dlrm.config import ModelConfig
+from dlrm.errors import UserError
+from dlrm.files import atomic_write
+from dlrm.model.dlrm import DLRM
+from dlrm.schema import FeatureSchema
+from dlrm.training.optimizer import EPSILON, Optimizer, learning_rate
+
+OptimizerName = Literal["", "sgd", "adagrad", "rowwise_adagrad"]
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """The content of a ``.pt`` of the reference."""
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    """By the reference's names."""
+    optimizer: OptimizerName
+    """Which optimizer's state it holds; empty: none."""
+    optimizer_state: Mapping[int, Mapping[str, Any]]
+    """By parameter number; empty for SGD."""
+    epoch: int
+    """The epoch it was saved in, from 0."""
+    iteration: int
+    """Steps taken in that epoch."""
+    epochs: int
+    """Epochs that were asked for."""
+    batches: int
+    """Steps of an epoch; 0 where it was saved before training."""
+    test_batches: int
+    train_loss: float
+    test_accuracy: float
+    test_auc: float | None
+    """Known where it was saved with --mlperf-logging."""
+
+
+def read_checkpoint(path: Path) -> ReferenceCheckpoint:
+    """Read a ``.pt`` file, without running any code that it may contain.
+
+    Raises:
+        UserError: It is missing, damaged, holds objects other than tensors and numbers, or lacks
+            what the reference writes.
+    """
+    content = _load(path)
+    try:
+        weights = {str(name): tensor for name, tensor in content["state_dict"].items()}
+        optimizer_content = content["opt_state_dict"]
+        state = {int(number): entry for number, entry in optimizer_content.get("state", {}).items()}
+        checkpoint = ReferenceCheckpoint(
+            path=path,
+            weights=weights,
+            optimizer=_optimizer_name(path, state, optimizer_content.get("param_groups", [])),
+            optimizer_state=state,
+            epoch=int(content["epoch"]),
+            iteration=int(content["iter"]),
+            epochs=int(content["nepochs"]),
+            batches=int(content["nbatches"]),
+            test_batches=int(content["nbatches_test"]),
+            train_loss=float(content["train_loss"]),
+            test_accuracy=float(content["test_acc"]),
+            test_auc=float(content["test_auc"]) if "test_auc" in content else None,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint of the reference ({type(error).__name__}: {error}): "
+            "expected what its --save-model writes, with state_dict, opt_state_dict, epoch, iter, "
+            "nepochs, nbatches, nbatches_test, train_loss and test_acc. Name such a file."
+        ) from error
+    if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError(f"{path} is damaged: its state_dict holds something else than tensors.")
+    return checkpoint
+
+
+def convert(
+    checkpoint: ReferenceCheckpoint, schema: FeatureSchema, model: ModelConfig
+) -> tuple[dict[str, Tensor], CheckpointInfo]:
+    """Return what ``save_checkpoint`` writes, of a ``.pt``.
+
+    Args:
+        checkpoint: The ``.pt``.
+        schema: Of the run that is to continue from it.
+        model: The architecture it must have.
+
+    Returns:
+        Weights and optimizer state by our names, and the position.
+
+    Raises:
+        UserError: It is of another architecture; the message names the first tensor that differs.
+    """
+    blank = DLRM(schema, model, device=torch.device("meta"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
+    theirs = reference_names(shapes, [feature.name for feature in schema.sparse])
+    _refuse_other_shapes(checkpoint, {theirs[name]: shape for name, shape in shapes.items()})
+    tensors = {f"model.{name}": checkpoint.weights[theirs[name]] for name in theirs}
+    for number, name in enumerate(theirs):
+        for kind, value in checkpoint.optimizer_state.get(number, {}).items():
+            # The reference's row-wise Adagrad calls a table's accumulator its momentum.
+            if kind in ("sum", "momentum"):
+                ours = "row_sum" if kind == "momentum" else "sum"
+                tensors[f"optimizer.{name}.{ours}"] = value
+    position = Position(
+        checkpoint.epoch,
+        checkpoint.iteration,
+        checkpoint.epoch * checkpoint.batches + checkpoint.iteration,
+    )
+    # It says nothing of the data it was trained on, so any DATASET of these shapes will do.
+    return tensors, CheckpointInfo(position, model, "", checkpoint.optimizer)
+
+
+def write_checkpoint(
+    path: Path,
+    model: DLRM,
+    optimizer: Optimizer,
+    position: Position,
+    numbers: Mapping[str, int | float],
+) -> None:
+    """Write a ``.pt`` that the reference can load.
+
+    Args:
+        path: The file; it appears complete or not at all.
+        model: Its weights, on any device.
+        optimizer: Its state.
+        position: How far training has come.
+        numbers: What else the reference writes, by its names.
+
+    Raises:
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    ours = model.state_dict()
+    theirs = reference_names(ours, model.sparse_arch.names)
+    content = {
+        **numbers,
+        # Copies: a table is a view of all of them, and a view is saved with all that it views.
+        "state_dict": OrderedDict(
+            (theirs[name], ours[name].detach().cpu().clone()) for name in theirs
+        ),
+        "epoch": position.epoch,
+        "iter": position.step,
+        "opt_state_dict": _optimizer_content(optimizer, list(theirs), position.total_steps),
+    }
+    with atomic_write(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch hides a full disk behind an error of its own.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def reference_names(names: Iterable[str], features: Iterable[str]) -> dict[str, str]:
+    """Return the reference's name for each of our tensors, in the reference's order.
+
+    Args:
+        names: The keys of a model's state dict.
+        features: The names of the sparse features, in order.
+    """
+    tables = {
+        f"sparse_arch.embedding_bags.t_{feature}.weight": f"emb_l.{number}.weight"
+        for number, feature in enumerate(features)
+    }
+    layers = {"dense_arch.layers.": "bot_l.", "over_arch.layers.": "top_l."}
+    names = list(names)
+    assert tables.keys() <= set(names)
+    for ours, theirs in layers.items():
+        for name in names:
+            if name.startswith(ours):
+                tables[name] = theirs + name.removeprefix(ours)
+    assert len(tables) == len(names)
+    return tables
+
+
+def _load(path: Path) -> Any:
+    # A NumPy scalar is pickled as a call of its constructor on a dtype; nothing else is allowed.
+    # torch knows a pickled global by its name, which NumPy 2 changed.
+    scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64")),
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist. Check --load-model.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        reason = re.split(r"\n|(?<=\w)\. ", str(error).strip())[0]
+        raise UserError(
+            f"{path} cannot be read as a checkpoint of the reference: it is damaged, or holds more "
+            f"than tensors and numbers, which is never loaded ({type(error).__name__}: {reason}). "
+            "Name a file that the reference's --save-model wrote."
+        ) from error
+
+
+def _optimizer_name(
+    path: Path, state: Mapping[int, Mapping[str, Any]], groups: Iterable[Mapping[str, Any]]
+) -> OptimizerName:
+    kinds = {kind for entry in state.values() for kind in entry if kind != "step"}
+    if not kinds:
+        return "sgd" if any("momentum" in group for group in groups) else ""
+    if not kinds <= {"sum", "momentum"}:
+        raise UserError(
+            f"{path} holds optimizer state of an unknown kind: {', '.join(sorted(kinds))}. "
+            "Expected the reference's sgd, adagrad or rwsadagrad."
+        )
+    return "rowwise_adagrad" if "momentum" in kinds else "adagrad"
+
+
+def _refuse_other_shapes(
+    checkpoint: ReferenceCheckpoint, expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{checkpoint.path} is a checkpoint of another model: {name} is expected to have "
+                f"shape {expected.get(name, 'no such tensor')}, got "
+                f"{found.get(name, 'no such tensor')}. Use the flags and the data that it was "
+                "trained with."
+            )
+
+
+def _optimizer_content(optimizer: Optimizer, names: list[str], steps: int) -> dict[str, Any]:
+    """Return what ``state_dict()`` of the reference's optimizer would."""
+    config = optimizer.config
+    rule = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adagrad
+    blanks = [torch.empty(0) for _ in names]
+    # The scheduler has set the rate of the next step already when the reference saves.
+    rate = learning_rate(config, steps + 1)
+    group = rule(blanks, lr=rate).state_dict()["param_groups"][0]
+    if config.optimizer == "rowwise_adagrad":
+        # The reference's own class, which has the first of Adagrad's options.
+        group = {
+            "lr": rate,
+            "lr_decay": 0.0,
+            "eps": EPSILON,
+            "weight_decay": 0.0,
+            "initial_accumulator_value": 0.0,
+            "params": group["params"],
+        }
+    group["initial_lr"] = config.learning_rate
+    own = optimizer.state()
+    state: dict[int, dict[str, Any]] = {}
+    for number, name in enumerate(names):
+        for theirs, ours in (("sum", "sum"), ("momentum", "row_sum")):
+            if f"{name}.{ours}" in own:
+                accumulator = own[f"{name}.{ours}"].detach().cpu().clone()
+                # torch counts steps in a tensor, the reference's class in a number.
+                rowwise = config.optimizer == "rowwise_adagrad"
+                state[number] = {
+                    "step": steps if rowwise else torch.tensor(float(steps)),
+                    theirs: accumulator,
+                }
+    return {"state": state, "param_groups": [group]}

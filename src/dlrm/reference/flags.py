@@ -1,0 +1,634 @@
+"""The reference's flags in one table: parser, help, refusals and documentation come from it.
+
+The names and defaults are those of dlrm_s_pytorch.py (facebookresearch/dlrm at
+adb39923b2e670bf8b7bde694de2a84396e818fa), and of the flags that its Ascend port adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from dlrm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the reference and what becomes of it."""
+
+    name: str
+    default: Any
+    """The reference's; it applies where the flag is absent."""
+    meaning: str
+    """What the flag does here; of a refused one, why it is refused and what to do instead."""
+    read: Callable[[str], Any] | None = None
+    """Turns its value from text; None: a switch without a value."""
+    ours: tuple[str, ...] = ()
+    """The fields of our configuration that it sets."""
+    convert: Callable[[Any], Any] = lambda value: value
+    """From its value to ours."""
+    refused: bool = False
+    """Whether it is refused where it asks for anything but the reference's default."""
+    default_is_inert: bool = True
+    """Of a refused flag: whether its default, written out, asks for nothing."""
+    refused_values: Mapping[str, str] = field(default_factory=dict)
+    """Values that the reference takes and we do not, each with what to do instead."""
+
+    @property
+    def key(self) -> str:
+        """The name as an identifier."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    def default_text(self) -> str:
+        """Return the default as it would be written."""
+        if self.read is None:
+            return "off"
+        if self.default in (None, ""):
+            return "none"
+        if isinstance(self.default, tuple):
+            return "-".join(str(number) for number in self.default)
+        return str(self.default)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split("-"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected integers as in 13-512-16, got {text!r}"
+        ) from None
+
+
+def _two_numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split("-"))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"expected two numbers as in 0.4-1.6, got {text!r}")
+    return numbers
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return words[text.lower()]
+
+
+def _step_limit(text: str) -> int:
+    limit = int(text)
+    if limit < 1 and limit != -1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, or -1 for no limit; got {text!r}")
+    return limit
+
+
+def _not_negative(number: int) -> int:
+    return max(0, number)
+
+
+def _choice(*values: str) -> Callable[[str], str]:
+    def choose(text: str) -> str:
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(values)}, got {text!r}")
+        return text
+
+    return choose
+
+
+_MADE_UP = (
+    "Only for data that the reference makes up. Make Criteo-shaped files with `dlrm synthesize` "
+    "and train on them with --data-generation=dataset."
+)
+_QR = "The quotient-remainder trick is not supported yet. Drop it: tables are stored whole."
+_MD = "Mixed embedding dimensions are not supported yet. Drop it: all tables have one dimension."
+_TERABYTE = (
+    "Only for the Criteo Terabyte data, which are not supported yet. Use --data-set=kaggle without "
+    "it."
+)
+_SYNTHESIZE_INSTEAD = (
+    "made-up batches are not supported yet. Make files with `dlrm synthesize DIR`, then use "
+    "--data-generation=dataset --raw-data-file=DIR/train.txt"
+)
+
+GROUPS: Mapping[str, tuple[Flag, ...]] = {
+    "model": (
+        Flag(
+            "--arch-sparse-feature-size",
+            2,
+            "Length of an embedding vector.",
+            int,
+            ("embedding_dim",),
+        ),
+        Flag(
+            "--arch-mlp-bot",
+            (4, 3, 2),
+            "Sizes of the bottom MLP. The first is the number of dense features, which is taken "
+            "from the data.",
+            _integers,
+            ("dense_arch_layer_sizes",),
+            lambda sizes: sizes[1:],
+        ),
+        Flag(
+            "--arch-mlp-top",
+            (4, 2, 1),
+            "Sizes of the top MLP's layers; its input size follows from the interaction.",
+            _integers,
+            ("over_arch_layer_sizes",),
+        ),
+        Flag(
+            "--arch-interaction-op",
+            "dot",
+            "How vectors meet: dot or cat.",
+            _choice("dot", "cat"),
+            ("interaction",),
+        ),
+        Flag(
+            "--arch-interaction-itself",
+            False,
+            "Include each vector's product with itself; acts with --arch-interaction-op=dot.",
+            ours=("interaction_itself",),
+        ),
+    ),
+    "loss and optimizer": (
+        Flag(
+            "--loss-function",
+            "mse",
+            "mse, bce or wbce.",
+            _choice("mse", "bce", "wbce"),
+            ("loss",),
+        ),
+        Flag(
+            "--loss-weights",
+            (1.0, 1.0),
+            "Weights of label 0 and label 1; acts with --loss-function=wbce.",
+            _two_numbers,
+            ("loss_weights",),
+        ),
+        Flag(
+            "--loss-threshold",
+            0.0,
+            "Clamp probabilities to [t, 1-t], in the metrics too; 0: do not.",
+            float,
+            ("loss_threshold",),
+        ),
+        Flag(
+            "--optimizer",
+            "sgd",
+            "sgd, adagrad or rwsadagrad (row-wise Adagrad).",
+            _choice("sgd", "adagrad", "rwsadagrad"),
+            ("optimizer",),
+            lambda name: {"rwsadagrad": "rowwise_adagrad"}.get(name, name),
+        ),
+        Flag("--learning-rate", 0.01, "Base learning rate.", float, ("learning_rate",)),
+        Flag(
+            "--lr-num-warmup-steps",
+            0,
+            "Steps of linear warm-up. Unlike in the reference, a decay need not be configured.",
+            int,
+            ("warmup_steps",),
+        ),
+        Flag(
+            "--lr-decay-start-step",
+            0,
+            "Step at which the squared polynomial decay starts.",
+            int,
+            ("decay_start_step",),
+        ),
+        Flag(
+            "--lr-num-decay-steps",
+            0,
+            "Length of the decay; 0: no decay.",
+            int,
+            ("decay_steps",),
+        ),
+    ),
+    "data": (
+        Flag(
+            "--data-generation",
+            "random",
+            "Must be dataset; the default is refused.",
+            _choice("dataset", "random", "synthetic"),
+            refused_values={"random": _SYNTHESIZE_INSTEAD, "synthetic": _SYNTHESIZE_INSTEAD},
+        ),
+        Flag(
+            "--data-set",
+            "kaggle",
+            "Must be kaggle.",
+            _choice("kaggle", "terabyte"),
+            refused_values={
+                "terabyte": "the Criteo Terabyte data are not supported yet. Use the Criteo Kaggle "
+                "data with --data-set=kaggle"
+            },
+        ),
+        Flag(
+            "--raw-data-file",
+            "",
+            "Criteo's train.txt. Needed unless --processed-data-file is a finished .npz.",
+            str,
+        ),
+        Flag(
+            "--processed-data-file",
+            "",
+            "NAME.npz. Where it exists it is read as it is. The DATASET lies beside it as "
+            "NAME.dataset, and is made where it is missing or was made with other options. By "
+            "default kaggleAdDisplayChallenge_processed.npz in the folder of --raw-data-file.",
+            str,
+        ),
+        Flag(
+            "--data-randomize",
+            "total",
+            "Order of the training rows, by the reference's own permutation: none, day (shuffled "
+            "within each day) or total (across the training days).",
+            _choice("none", "day", "total"),
+            ("shuffle", "initial_draws"),
+        ),
+        Flag(
+            "--max-ind-range",
+            -1,
+            "Take raw values modulo N before they are numbered (not of a finished .npz), and ids "
+            "modulo N when a batch is made; at most 0: do not.",
+            int,
+            ("max_ind_range",),
+            _not_negative,
+        ),
+        Flag(
+            "--num-batches",
+            0,
+            "Use only the first N batches of each split; at most 0: all.",
+            int,
+            ("num_batches",),
+            _not_negative,
+        ),
+        Flag(
+            "--round-targets",
+            False,
+            "True or False: labels of the data are 0 and 1 already, so both mean the same.",
+            _boolean,
+        ),
+        Flag(
+            "--num-workers",
+            0,
+            "Taken, with a note: here one background thread reads, and keeps up.",
+            int,
+        ),
+        Flag("--test-num-workers", -1, "As --num-workers.", int),
+        Flag(
+            "--dataset-multiprocessing",
+            False,
+            "Taken, with a note: preparation uses the cores that it may use in any case.",
+        ),
+    ),
+    "training": (
+        Flag("--mini-batch-size", 1, "Rows a step.", int, ("mini_batch_size",)),
+        Flag("--nepochs", 1, "Passes over the training rows.", int, ("epochs",)),
+        Flag(
+            "--step",
+            -1,
+            "Of the Ascend port: stop training after N steps in all; -1: do not.",
+            _step_limit,
+            ("max_steps",),
+            _not_negative,
+        ),
+        Flag(
+            "--numpy-rand-seed",
+            123,
+            "Seed of the order and of the initial weights.",
+            int,
+            ("seed",),
+        ),
+        Flag(
+            "--use-gpu",
+            False,
+            "Compute on a CUDA device. Unlike in the reference it is an error if there is none.",
+            ours=("device",),
+            convert=lambda on: "cuda" if on else None,
+        ),
+        Flag(
+            "--use-npu",
+            False,
+            "Of the Ascend port: compute on an Ascend NPU.",
+            ours=("device",),
+            convert=lambda on: "npu" if on else None,
+        ),
+        Flag(
+            "--local_rank",
+            -1,
+            "Which card to use; at most 0: the first. Without effect on the CPU.",
+            int,
+            ("local_rank",),
+            _not_negative,
+        ),
+    ),
+    "testing and output": (
+        Flag(
+            "--print-freq",
+            1,
+            "Print the mean loss every N steps of an epoch.",
+            int,
+            ("print_freq",),
+        ),
+        Flag(
+            "--print-time",
+            False,
+            "Print the milliseconds a step, loading included; without it, -1.00.",
+        ),
+        Flag("--print-wall-time", False, "Print the time of day beside the loss."),
+        Flag(
+            "--test-freq",
+            -1,
+            "Test every N steps of an epoch and at its end; at most 0: not while training.",
+            int,
+            ("test_freq",),
+            lambda steps: steps if steps > 0 else -1,
+        ),
+        Flag(
+            "--test-mini-batch-size",
+            -1,
+            "Rows a batch in tests; negative: as --mini-batch-size.",
+            int,
+            ("evaluation_batch_size",),
+        ),
+        Flag(
+            "--mlperf-logging",
+            False,
+            "Print recall, precision, F1, average precision and AUC after each test, and choose "
+            "the best by AUC instead of accuracy. The MLPerf event log is not written yet.",
+        ),
+        Flag(
+            "--mlperf-acc-threshold",
+            0.0,
+            "Stop once the test accuracy (0 … 1) reaches this; acts with --mlperf-logging.",
+            float,
+            ("target_accuracy",),
+        ),
+        Flag(
+            "--mlperf-auc-threshold",
+            0.0,
+            "Stop once the test AUC reaches this; acts with --mlperf-logging.",
+            float,
+            ("target_auc",),
+        ),
+        Flag(
+            "--load-model",
+            "",
+            "A .pt of the reference to continue from: weights, optimizer state and position.",
+            str,
+            ("continue_from",),
+        ),
+        Flag(
+            "--save-model",
+            "",
+            "Write a .pt that the reference can load whenever a test is the best so far.",
+            str,
+        ),
+        Flag("--inference-only", False, "Test --load-model once, without training."),
+        Flag("--run", "", "Ours: the RUN folder to make; by default runs/reference-NNN.", str),
+    ),
+    "known but refused": (
+        Flag(
+            "--arch-embedding-size",
+            (4, 3, 2),
+            "Table sizes of made-up data. Drop it: they follow from the data.",
+            _integers,
+            refused=True,
+        ),
+        Flag(
+            "--weighted-pooling",
+            None,
+            "Weighted pooling is not supported yet. Drop it: the vectors of a bag are summed, as "
+            "'fixed' does.",
+            str,
+            refused=True,
+        ),
+        Flag("--md-flag", False, _MD, refused=True),
+        Flag("--md-threshold", 200, _MD, int, refused=True),
+        Flag("--md-temperature", 0.3, _MD, float, refused=True),
+        Flag("--md-round-dims", False, _MD, refused=True),
+        Flag("--qr-flag", False, _QR, refused=True),
+        Flag("--qr-threshold", 200, _QR, int, refused=True),
+        Flag("--qr-operation", "mult", _QR, str, refused=True),
+        Flag("--qr-collisions", 4, _QR, int, refused=True),
+        Flag(
+            "--activation-function",
+            "relu",
+            "The reference ignores it and always uses relu. Drop it.",
+            str,
+            refused=True,
+        ),
+        Flag("--data-size", 1, _MADE_UP, int, refused=True),
+        Flag("--rand-data-dist", "uniform", _MADE_UP, str, refused=True),
+        Flag("--rand-data-min", 0.0, _MADE_UP, float, refused=True),
+        Flag("--rand-data-max", 1.0, _MADE_UP, float, refused=True),
+        Flag("--rand-data-mu", -1.0, _MADE_UP, float, refused=True),
+        Flag("--rand-data-sigma", 1.0, _MADE_UP, float, refused=True),
+        Flag("--num-indices-per-lookup", 10, _MADE_UP, int, refused=True),
+        Flag("--num-indices-per-lookup-fixed", False, _MADE_UP, _boolean, refused=True),
+        Flag("--data-trace-file", "./input/dist_emb_j.log", _MADE_UP, str, refused=True),
+        Flag("--data-trace-enable-padding", False, _MADE_UP, _boolean, refused=True),
+        Flag(
+            "--data-sub-sample-rate",
+            0.0,
+            "Dropping rows without a click is not supported yet. Drop it to train on all rows.",
+            float,
+            refused=True,
+        ),
+        Flag(
+            "--memory-map",
+            False,
+            "Drop it: preparation and training never hold the data in memory.",
+            refused=True,
+        ),
+        Flag(
+            "--print-precision",
+            5,
+            "Digits of the tensors that --debug-mode prints, which is refused. Drop it.",
+            int,
+            refused=True,
+        ),
+        Flag(
+            "--sync-dense-params",
+            True,
+            "For several devices, which are not supported yet. Drop it.",
+            _boolean,
+            refused=True,
+        ),
+        Flag(
+            "--dist-backend",
+            "",
+            "Several processes are not supported yet. Drop it, and start one.",
+            str,
+            refused=True,
+        ),
+        Flag(
+            "--world_size",
+            1,
+            "Of the Ascend port. Several processes are not supported yet. Use 1, or drop it.",
+            int,
+            refused=True,
+        ),
+        Flag(
+            "--quantize-mlp-with-bit",
+            32,
+            "Quantization is not supported yet. Use 32, or drop it.",
+            int,
+            refused=True,
+        ),
+        Flag(
+            "--quantize-emb-with-bit",
+            32,
+            "Quantization is not supported yet. Use 32, or drop it.",
+            int,
+            refused=True,
+        ),
+        Flag(
+            "--save-onnx",
+            False,
+            "Export to ONNX is not supported yet. Drop it; --save-model keeps the weights.",
+            refused=True,
+        ),
+        Flag(
+            "--debug-mode",
+            False,
+            "Printing whole batches and weights is not supported. Read the checkpoints of the RUN "
+            "instead: they are safetensors files.",
+            refused=True,
+        ),
+        Flag(
+            "--enable-profiling",
+            False,
+            "Profiling is not supported yet. Drop it; --print-time prints the time of a step.",
+            refused=True,
+        ),
+        Flag(
+            "--plot-compute-graph",
+            False,
+            "The reference stops with an error at it. Drop it.",
+            refused=True,
+        ),
+        Flag(
+            "--tensor-board-filename",
+            "run_kaggle_pt",
+            "TensorBoard files are not written yet. Drop it; log.jsonl in the RUN holds the same "
+            "numbers.",
+            str,
+            refused=True,
+            default_is_inert=False,
+        ),
+        Flag("--mlperf-bin-loader", False, _TERABYTE, refused=True),
+        Flag("--mlperf-bin-shuffle", False, _TERABYTE, refused=True),
+        Flag(
+            "--mlperf-grad-accum-iter",
+            1,
+            "Gradient accumulation is not supported yet (the reference's discards gradients). Use "
+            "a larger --mini-batch-size.",
+            int,
+            refused=True,
+        ),
+    ),
+}
+
+FLAGS: Mapping[str, Flag] = {flag.key: flag for flags in GROUPS.values() for flag in flags}
+
+
+def read_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the value of every flag that is not refused, by ``Flag.key``.
+
+    Both ``--flag=value`` and ``--flag value`` are read, and the last of several wins.
+
+    Args:
+        arguments: The reference's command line, without the program.
+
+    Raises:
+        UserError: A flag is unknown or refused, or a value is wrong.
+        SystemExit: Help was asked for (0).
+    """
+    namespace, rest = _parser().parse_known_args(list(arguments))
+    if rest:
+        _refuse_unknown(rest)
+    given: dict[str, Any] = vars(namespace)
+    refusals = [
+        f"{flag.name}: {flag.meaning}"
+        for key, flag in FLAGS.items()
+        if flag.refused
+        and key in given
+        and not (flag.default_is_inert and given[key] == flag.default)
+    ]
+    if refusals:
+        raise UserError("not supported by dlrm reference:\n  " + "\n  ".join(refusals))
+    values = {key: given.get(key, flag.default) for key, flag in FLAGS.items() if not flag.refused}
+    for key, value in values.items():
+        flag = FLAGS[key]
+        if value in flag.refused_values:
+            origin = "" if key in given else " (the reference's default)"
+            raise UserError(f"{flag.name}={value}{origin}: {flag.refused_values[value]}.")
+    return values
+
+
+def _refuse_unknown(rest: Sequence[str]) -> NoReturn:
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if not unknown:
+        raise UserError(
+            f"{rest[0]!r} belongs to no flag. Write flags as --flag=value or --flag value; "
+            "`dlrm reference --help` lists them."
+        )
+    name = unknown[0].partition("=")[0]
+    close = difflib.get_close_matches(name, [flag.name for flag in FLAGS.values()], 1)
+    hint = f"Did you mean {close[0]}? " if close else ""
+    raise UserError(
+        f"{name} is not a flag of the reference. {hint}`dlrm reference --help` lists all flags."
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `dlrm reference --help` lists all flags.")
+
+
+_DESCRIPTION = """\
+Take the command line of the reference implementation, dlrm_s_pytorch.py, as it is: print the dlrm
+commands that it means, run them, and log in the reference's format. Where a flag is absent the
+reference's default applies.
+"""
+
+_EPILOG = """\
+example:
+  dlrm reference --arch-sparse-feature-size=16 --arch-mlp-bot=13-512-256-64-16 \\
+      --arch-mlp-top=512-256-1 --data-generation=dataset --raw-data-file=data/train.txt \\
+      --loss-function=bce --learning-rate=0.1 --mini-batch-size=128 --print-freq=100 \\
+      --test-freq=1000 --test-mini-batch-size=16384 --print-time --mlperf-logging
+"""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dlrm reference",
+        usage="dlrm reference FLAGS…",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_HelpFormatter,
+    )
+    for title, flags in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            text = flag.meaning.replace("%", "%%")
+            if flag.read is None:
+                group.add_argument(flag.name, dest=flag.key, action="store_true", help=text)
+            else:
+                text += "" if flag.refused else f" Default: {flag.default_text()}."
+                group.add_argument(
+                    flag.name, dest=flag.key, type=flag.read, metavar="VALUE", help=text
+                )
+    return parser

@@ -1,0 +1,261 @@
+"""From the reference's flags to our configuration, and to the commands that say the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dlrm.config import PrepareConfig, Shuffle, TrainConfig
+from dlrm.errors import UserError
+from dlrm.reference.flags import FLAGS, read_flags
+
+T = TypeVar("T")
+
+_PROCESSED_NAME = "kaggleAdDisplayChallenge_processed.npz"  # in the raw file's folder
+_SHUFFLES: Mapping[str, Shuffle] = {"none": "none", "day": "reference-day", "total": "reference"}
+# Said even where they are the defaults, so that a command can be read without knowing those.
+_ESSENTIAL = (
+    "shuffle",
+    "embedding_dim",
+    "dense_arch_layer_sizes",
+    "over_arch_layer_sizes",
+    "interaction",
+    "loss",
+    "optimizer",
+    "learning_rate",
+    "epochs",
+    "mini_batch_size",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line of the reference asks for, in our terms."""
+
+    prepare: PrepareConfig
+    train: TrainConfig
+    source: Path
+    """Criteo's train.txt, or a .npz that the reference prepared."""
+    dataset: Path
+    """Where the DATASET lies or goes."""
+    run: Path
+    """Where the RUN goes."""
+    load_model: Path | None
+    """A .pt to start from; ``train.continue_from`` is what it is converted to."""
+    save_model: Path | None
+    """Where a .pt of the best test goes."""
+    inference_only: bool
+    mlperf_logging: bool
+    print_time: bool
+    print_wall_time: bool
+    dense_features: int
+    """The number that --arch-mlp-bot begins with."""
+    notes: tuple[str, ...]
+    """What a reader should know of flags that do not do what their names suggest."""
+
+    def commands(self) -> list[str]:
+        """Return the ``dlrm`` commands that do the same, ready for a shell."""
+        source, dataset, run = str(self.source), str(self.dataset), str(self.run)
+        prepare = ["dlrm", "prepare", source, dataset, *_options(self.prepare)]
+        if self.inference_only:
+            second = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
+            for field in ("device", "local_rank"):
+                second += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
+        else:
+            second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
+        return [shlex.join(prepare), shlex.join(second)]
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Read a command line of the reference; nothing is written.
+
+    Args:
+        arguments: Everything after ``dlrm reference``.
+
+    Raises:
+        UserError: A flag is unknown or refused, or a value is wrong.
+        SystemExit: Help was asked for (0).
+    """
+    values = read_flags(arguments)
+    if values["use_gpu"] and values["use_npu"]:
+        raise UserError("--use-gpu and --use-npu name two devices. Choose one.")
+    if values["inference_only"] and not values["load_model"]:
+        raise UserError("--inference-only needs a model to test. Name one with --load-model.")
+
+    source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
+    run = Path(values["run"]) if values["run"] else _free_run()
+    settings = _settings(values)
+    if source.suffix == ".npz":
+        # Its raw values are numbered already: only ids can be taken modulo.
+        prepare_settings = {**settings, "max_ind_range": 0}
+    else:
+        prepare_settings = dict(settings)
+    prepare_settings["shuffle"] = _SHUFFLES[values["data_randomize"]]
+    if prepare_settings["shuffle"] == "none":
+        del prepare_settings["seed"]  # without effect: another seed needs no other DATASET
+    settings["report_checkpoint"] = "newest"
+    settings["selection_split"] = "test"
+    if settings["evaluation_batch_size"] < 0:
+        settings["evaluation_batch_size"] = settings["mini_batch_size"]
+    if not values["mlperf_logging"]:
+        settings["target_accuracy"] = settings["target_auc"] = 0.0
+    if values["load_model"]:
+        settings["continue_from"] = str(run / "initial.safetensors")
+
+    try:
+        return Request(
+            prepare=_build(PrepareConfig, prepare_settings),
+            train=_build(TrainConfig, settings),
+            source=source,
+            dataset=dataset,
+            run=run,
+            load_model=_optional_path(values["load_model"]),
+            save_model=_optional_path(values["save_model"]),
+            inference_only=values["inference_only"],
+            mlperf_logging=values["mlperf_logging"],
+            print_time=values["print_time"],
+            print_wall_time=values["print_wall_time"],
+            dense_features=values["arch_mlp_bot"][0],
+            notes=tuple(_notes(values)),
+        )
+    except UserError as error:
+        raise in_reference_terms(error) from error
+
+
+def in_reference_terms(error: UserError) -> UserError:
+    """Return an error about our options with the reference's names for them beside it."""
+    names = {
+        option: flag.name
+        for flag in FLAGS.values()
+        for option in (f"--{field.replace('_', '-')}" for field in flag.ours)
+        if option != flag.name and option in str(error)
+    }
+    if not names:
+        return error
+    meant = ", ".join(f"{ours} is set by {theirs}" for ours, theirs in names.items())
+    return UserError(f"{error} Here {meant}.")
+
+
+def _data_paths(raw: str, processed: str) -> tuple[Path, Path]:
+    """Return the source and the DATASET."""
+    if not processed and not raw:
+        raise UserError(
+            "there are no data: name Criteo's train.txt with --raw-data-file, or a finished .npz "
+            "of the reference with --processed-data-file."
+        )
+    finished = Path(processed) if processed else Path(raw).with_name(_PROCESSED_NAME)
+    if finished.suffix != ".npz":
+        raise UserError(f"--processed-data-file must end in .npz; got {finished}.")
+    dataset = finished.with_suffix(".dataset")
+    if finished.exists():
+        return finished, dataset
+    if not raw:
+        raise UserError(
+            f"{finished} does not exist. Check --processed-data-file, or name Criteo's train.txt "
+            "with --raw-data-file to prepare it from."
+        )
+    return Path(raw), dataset
+
+
+def _free_run() -> Path:
+    number = 1
+    while (run := Path("runs") / f"reference-{number:03d}").exists():
+        number += 1
+    return run
+
+
+def _optional_path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by our fields' names."""
+    settings = {}
+    for key, value in values.items():
+        flag = FLAGS[key]
+        for field in flag.ours:
+            if (ours := flag.convert(value)) is not None:
+                settings[field] = ours
+    return settings
+
+
+def _build(kind: type[T], settings: Mapping[str, Any]) -> T:
+    """Build a dataclass, and those nested in it, from the settings that it has fields for."""
+    types = typing.get_type_hints(kind)
+    chosen = {}
+    for name, field_type in types.items():
+        if dataclasses.is_dataclass(field_type):
+            chosen[name] = _build(typing.cast(type[Any], field_type), settings)
+        elif name in settings:
+            chosen[name] = settings[name]
+    return kind(**chosen)
+
+
+def _notes(values: Mapping[str, Any]) -> list[str]:
+    """Return a note for each flag that was given and has no effect here or in this combination."""
+    given = {key: value != FLAGS[key].default for key, value in values.items()}
+    no_effect = {
+        "loss_weights": (values["loss_function"] != "wbce", "without --loss-function=wbce"),
+        "arch_interaction_itself": (
+            values["arch_interaction_op"] != "dot",
+            "without --arch-interaction-op=dot",
+        ),
+        "mlperf_acc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
+        "mlperf_auc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
+        "save_model": (
+            values["test_freq"] <= 0 or values["inference_only"],
+            "unless training is tested: a model is saved after a test. Use --test-freq",
+        ),
+        "local_rank": (
+            not values["use_gpu"] and not values["use_npu"] and values["local_rank"] > 0,
+            "on the CPU",
+        ),
+    }
+    notes = [
+        f"{FLAGS[key].name} has no effect {when}"
+        for key, (idle, when) in no_effect.items()
+        if given[key] and idle
+    ]
+    already = {
+        "round_targets": "the labels are 0 and 1 already",
+        "num_workers": "one background thread reads here",
+        "test_num_workers": "one background thread reads here",
+        "dataset_multiprocessing": "preparation uses the cores that it may use in any case",
+    }
+    notes += [
+        f"{FLAGS[key].name} changes nothing: {reason}"
+        for key, reason in already.items()
+        if given[key]
+    ]
+    return notes
+
+
+def _options(config: Any) -> list[str]:
+    """Return a configuration as flags: what differs from the defaults, and the essential."""
+    options: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            options += _options(value)
+        elif field.name in _ESSENTIAL:
+            options += _option(field.name, value)
+        else:
+            options += _option(field.name, value, field.default)
+    return options
+
+
+def _option(name: str, value: Any, default: Any = None) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if value == default:
+        return []
+    if isinstance(value, bool):
+        return [flag] if value else []
+    if isinstance(value, tuple):
+        return [flag, *(str(part) for part in value)]
+    return [flag, str(value)]

@@ -1,0 +1,136 @@
+"""Runs what a command line of the reference asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+
+from dlrm.checkpoint import link_checkpoint, save_checkpoint
+from dlrm.config import write_config
+from dlrm.data.dataset import Dataset, copy_description
+from dlrm.data.prepare import prepare, raw_file
+from dlrm.device import open_device
+from dlrm.errors import UserError
+from dlrm.evaluation import evaluate
+from dlrm.files import environment_faults, locked
+from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
+from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
+from dlrm.reference.request import Request, in_reference_terms
+from dlrm.runs import Run
+from dlrm.training.trainer import refuse_taken, train
+
+
+def run(request: Request) -> None:
+    """Print the commands that a request means, then do the same.
+
+    Raises:
+        UserError: An input file or an option is wrong, or RUN is taken.
+        EnvironmentFaultError: The disk or the device fails.
+    """
+    try:
+        _run(request)
+    except UserError as error:
+        raise in_reference_terms(error) from error
+
+
+def _run(request: Request) -> None:
+    # What can be refused is refused before the long work starts.
+    refuse_taken(request.run)
+    raw_file(request.source)
+    if request.save_model and not request.save_model.parent.is_dir():
+        raise UserError(
+            f"--save-model: {request.save_model.parent} is not a folder. Make it, or choose "
+            "another place."
+        )
+    loaded = read_checkpoint(request.load_model) if request.load_model else None
+    device = open_device(request.train.device, request.train.local_rank)
+    _announce(request, str(device))
+
+    data = _prepare(request)
+    dense_features = len(data.schema.dense)
+    if request.dense_features != dense_features:
+        say(
+            f"# note: the data have {dense_features} dense features, so --arch-mlp-bot begins with "
+            f"{dense_features}, not {request.dense_features}"
+        )
+    test_batches = math.ceil(data.rows("test") / request.train.evaluation_batch_size)
+    log = ReferenceLog(request, test_batches, loaded)
+    if loaded is None:
+        train(request.dataset, request.run, request.train, [ProgressBar(), log])
+    elif request.inference_only:
+        _import(loaded, request, data)
+        announce_loaded(loaded, request.mlperf_logging)
+        say("time/loss/accuracy (if enabled):")
+        say("Testing for inference only")
+        config = request.train
+        result = evaluate(
+            request.run,
+            "test",
+            checkpoint="newest",
+            device=config.device,
+            local_rank=config.local_rank,
+        )
+        log.report_test(result.metrics)
+    else:
+        _continue(loaded, request, data, log)
+
+
+def _announce(request: Request, device: str) -> None:
+    say("# The same in our own commands:")
+    prepare_command, second_command = request.commands()
+    say(prepare_command)
+    if request.load_model:
+        target = request.run if request.inference_only else request.train.continue_from
+        say(f"# ({request.load_model} is converted to {target} here; no command does that)")
+    say(second_command)
+    for note in request.notes:
+        say(f"# note: {note}")
+    say("Using CPU..." if device == "cpu" else f"Using {device}...")
+
+
+def _prepare(request: Request) -> Dataset:
+    try:
+        return prepare(request.source, request.dataset, request.prepare)
+    except UserError as error:
+        if not (request.dataset / "manifest.json").exists():
+            raise
+        say(f"# {error}")
+        say(f"# {request.dataset} is prepared anew, as with --overwrite")
+    return prepare(request.source, request.dataset, request.prepare, overwrite=True)
+
+
+def _continue(
+    loaded: ReferenceCheckpoint, request: Request, data: Dataset, log: ReferenceLog
+) -> None:
+    say(f"Loading saved model {loaded.path}")
+    initial = Path(request.train.continue_from)
+    schema = data.schema.with_max_ind_range(request.train.max_ind_range)
+    converted = convert(loaded, schema, request.train.model)
+    with environment_faults(f"write to {request.run}"):
+        request.run.mkdir(parents=True, exist_ok=True)
+    try:
+        save_checkpoint(initial, *converted)
+        announce_loaded(loaded, request.mlperf_logging)
+        train(request.dataset, request.run, request.train, [ProgressBar(), log])
+    finally:
+        if not (request.run / "config.toml").exists():  # refused before it began
+            initial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                request.run.rmdir()
+
+
+def _import(loaded: ReferenceCheckpoint, request: Request, data: Dataset) -> None:
+    """Make a RUN of a ``.pt``, which can be evaluated and predicts as if it was trained here."""
+    say(f"Loading saved model {loaded.path}")
+    config = dataclasses.replace(request.train, continue_from="")
+    schema = data.schema.with_max_ind_range(config.max_ind_range)
+    imported = Run(request.run, schema, config, request.dataset)
+    converted = convert(loaded, schema, config.model)
+    with locked(request.run, "run"), environment_faults(f"write to {request.run}"):
+        (request.run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        save_checkpoint(imported.checkpoint("newest"), *converted)
+        link_checkpoint(imported.checkpoint("newest"), imported.checkpoint("best"))
+        copy_description(request.dataset, request.run, schema)
+        write_config(request.run / "config.toml", config, request.dataset)
