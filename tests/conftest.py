@@ -35,3 +35,25 @@ def shared_data() -> Path:
     if not folder:
         pytest.skip("DLRM_TEST_DATA does not name a folder with golden/ and criteo/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def raw_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with made-up train.txt and test.txt in the Criteo Kaggle format."""
+    from dlrm.config import SynthesizeConfig
+    from dlrm.data.synthetic import synthesize
+
+    folder = tmp_path_factory.mktemp("raw")
+    synthesize(folder, SynthesizeConfig(rows=3000, test_rows=300, scale=0.0001))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(raw_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The DATASET of ``raw_rows``; do not change it."""
+    from dlrm.config import PrepareConfig
+    from dlrm.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(raw_rows, folder, PrepareConfig())
+    return folder

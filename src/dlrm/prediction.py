@@ -135,9 +135,11 @@ def predict_file(
             submissions, and 0 for rows with one.
 
     Raises:
-        UserError: A row is malformed.
+        UserError: A row is malformed, or there is no folder for the output.
         EnvironmentFaultError: The disk is full or read-only.
     """
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent} is not a folder, so {output} cannot be written. Make it.")
     if output.exists() and output.samefile(source):
         raise UserError(f"{output} is the input too. Choose another output.")
     labels: list[npt.NDArray[np.uint8]] = []

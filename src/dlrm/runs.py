@@ -18,6 +18,7 @@ import torch
 from dlrm.checkpoint import load_weights
 from dlrm.config import TrainConfig, read_config
 from dlrm.device import available_cores
+from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, atomic_write, read_json, write_json
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
@@ -81,6 +82,10 @@ class Run:
         Raises:
             UserError: It is no RUN, or of another version.
         """
+        if not (path / "config.toml").exists():
+            raise UserError(
+                f"{path} is not a run: config.toml is missing. Name a folder that dlrm train made."
+            )
         config, dataset = read_config(path / "config.toml")
         return Run(path, read_schema(path, "run"), config, Path(dataset))
 

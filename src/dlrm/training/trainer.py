@@ -88,7 +88,7 @@ def refuse_taken(run: Path) -> None:
     Raises:
         UserError: Naming the folder.
     """
-    if (run / "config.toml").exists() or (run.exists() and not run.is_dir()):
+    if (run / "config.toml").exists() or run.is_file():
         raise UserError(
             f"{run} holds a run already, and it is not overwritten. Choose another folder, or "
             "delete this one."

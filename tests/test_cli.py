@@ -1,0 +1,170 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dlrm import cli
+from dlrm.config import TrainConfig
+from dlrm.errors import UserError
+from dlrm.pipeline import estimate_rows
+
+SMALL = (
+    "--embedding-dim 4 --dense-arch-layer-sizes 8 4 --over-arch-layer-sizes 8 1 --print-freq 10"
+).split()
+
+
+def run_dlrm(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dlrm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def error_of(result: subprocess.CompletedProcess[str], status: int) -> str:
+    """Return the message, after checking that it is one message and no traceback."""
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("dlrm: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_all_stages_by_hand_and_in_one_go_agree(raw_rows: Path, tmp_path: Path) -> None:
+    prepared = run_dlrm("prepare", raw_rows, tmp_path / "dataset")
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads(prepared.stdout)["rows"]["train"] > 2500
+    trained = run_dlrm("train", tmp_path / "dataset", "--run", tmp_path / "run", *SMALL)
+    assert trained.returncode == 0, trained.stderr
+    assert "loss" in trained.stderr
+    result = json.loads(trained.stdout)
+    assert result == json.loads((tmp_path / "run/result.json").read_text())
+    evaluated = run_dlrm("evaluate", tmp_path / "run", "--split", "test")
+    assert json.loads(evaluated.stdout)["auc"] == result["metrics"]["test"]["auc"]
+    predicted = run_dlrm("predict", tmp_path / "run", raw_rows / "test.txt", tmp_path / "out.csv")
+    assert json.loads(predicted.stdout)["rows"] == 300
+
+    everything = run_dlrm("run", raw_rows, tmp_path / "all", *SMALL)
+    assert everything.returncode == 0, everything.stderr
+    assert "plan: about" in everything.stderr
+    checkpoint = "checkpoints/best.safetensors"
+    assert (tmp_path / "all" / checkpoint).read_bytes() == (
+        tmp_path / "run" / checkpoint
+    ).read_bytes()
+    submission = (tmp_path / "all/submission.csv").read_text()
+    assert submission == (tmp_path / "out.csv").read_text()
+
+
+def test_a_runs_own_configuration_repeats_it(dataset: Path, tmp_path: Path) -> None:
+    first = run_dlrm("train", dataset, "--run", tmp_path / "a", *SMALL, "--learning-rate", "0.3")
+    assert first.returncode == 0, first.stderr
+    config = tmp_path / "a/config.toml"
+    # The DATASET is in the file too; a flag wins over the file.
+    again = run_dlrm("train", "--config", config, "--run", tmp_path / "b")
+    assert again.returncode == 0, again.stderr
+    other = run_dlrm("train", "--config", config, "--run", tmp_path / "c", "--seed", "5")
+    assert other.returncode == 0, other.stderr
+    a, b, c = ((tmp_path / run / "checkpoints/best.safetensors").read_bytes() for run in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch = 2", "unknown key epoch; did you mean epochs?"),
+        ("[model]\nembedding_dims = 2", "unknown key model.embedding_dims"),
+        ("epochs = 'two'", "Expected `int`, got `str` - at `$.epochs`"),
+        ("epochs = -1", "--epochs must not be negative; got -1"),
+        ("epochs = ", "cannot be read as TOML"),
+        ("format_version = '9.0'", "format version '9.0'; this dlrm reads"),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "c.toml").write_text(content)
+    result = run_dlrm("train", "d", "--run", "r", "--config", tmp_path / "c.toml")
+    assert message in error_of(result, 2)
+
+
+def test_config_file_values_lie_between_defaults_and_flags(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("epochs = 3\nseed = 7\n[model]\ndropout = 0.5\n")
+    arguments = ["train", "d", "--run", "r", f"--config={tmp_path / 'c.toml'}", "--seed", "8"]
+    command = cli.parse(arguments)
+    assert isinstance(command, cli.Train)
+    assert command.dataset == Path("d")
+    assert (command.options.epochs, command.options.seed) == (3, 8)
+    assert command.options.model.dropout == 0.5
+    assert command.options.mini_batch_size == TrainConfig().mini_batch_size
+
+
+def test_help_lists_every_command_and_is_quick_to_import() -> None:
+    overview = run_dlrm("--help")
+    assert overview.returncode == 0
+    for verb in cli._VERBS:
+        assert f"\n  {verb} " in overview.stdout
+    assert run_dlrm().returncode == 2
+    script = "import sys, dlrm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", cli._VERBS)
+def test_every_command_has_help(verb: str) -> None:
+    result = run_dlrm(verb, "--help")
+    assert result.returncode == 0
+    assert f"dlrm {verb}" in result.stdout
+
+
+def test_wrong_commands_and_options_end_with_2(tmp_path: Path) -> None:
+    assert "no command 'trian'" in error_of(run_dlrm("trian"), 2)
+    assert run_dlrm("train", tmp_path, "--run", "r", "--epochs", "x").returncode == 2
+    assert run_dlrm("train", tmp_path, "--run", "r", "--epohcs", "1").returncode == 2
+    assert "is not a run: config.toml" in error_of(run_dlrm("evaluate", tmp_path), 2)
+    message = error_of(run_dlrm("train", tmp_path / "none", "--run", tmp_path / "r"), 2)
+    assert "none" in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_missing_device_ends_with_3(dataset: Path, tmp_path: Path) -> None:
+    result = run_dlrm("train", dataset, "--run", tmp_path / "r", "--device", "npu")
+    assert "torch_npu cannot be imported" in error_of(result, 3)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_its_status(
+    dataset: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    command = [sys.executable, "-m", "dlrm", "train", str(dataset), "--run", "r"]
+    process = subprocess.Popen(
+        [*command, "--epochs", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "r/log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "evaluation" in log.read_text()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in messages
+
+
+def test_results_go_to_a_closed_pipe_quietly(dataset: Path) -> None:
+    script = f'"{sys.executable}" -m dlrm --help | true; exit ${{PIPESTATUS[0]}}'
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert "Traceback" not in result.stderr
+
+
+def test_the_number_of_rows_is_estimated_from_the_head(raw_rows: Path, tmp_path: Path) -> None:
+    assert estimate_rows(raw_rows / "train.txt") == pytest.approx(3000, rel=0.02)
+    many = tmp_path / "many.txt"
+    many.write_bytes((raw_rows / "train.txt").read_bytes() * 20)
+    assert estimate_rows(many) == pytest.approx(60000, rel=0.02)
+
+
+def test_parse_refuses_an_unknown_command() -> None:
+    with pytest.raises(UserError, match="no command 'x'"):
+        cli.parse(["x"])

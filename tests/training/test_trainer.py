@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors import safe_open
+
+from dlrm.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig, read_config
+from dlrm.data.dataset import Dataset
+from dlrm.errors import UserError
+from dlrm.evaluation import evaluate
+from dlrm.metrics import compute_metrics
+from dlrm.model.dlrm import DLRM, initialize
+from dlrm.model.loss import mean_loss
+from dlrm.training.events import Evaluation, Events, Report, Start, Stop
+from dlrm.training.trainer import train
+
+MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
+CONFIG = TrainConfig(model=MODEL, mini_batch_size=128, print_freq=5)
+
+
+@dataclass
+class Recorder(Events):
+    """Keeps all it is told."""
+
+    start: Start | None = None
+    stop: Stop | None = None
+    reports: list[Report] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def on_start(self, start: Start) -> None:
+        self.start = start
+
+    def on_report(self, report: Report) -> None:
+        self.reports.append(report)
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        self.evaluations.append(evaluation)
+
+    def on_stop(self, stop: Stop) -> None:
+        self.stop = stop
+
+    def report_steps(self) -> list[tuple[int, int]]:
+        return [(report.position.epoch, report.position.step) for report in self.reports]
+
+    def evaluation_steps(self) -> list[tuple[int, int]]:
+        return [(each.position.epoch, each.position.step) for each in self.evaluations]
+
+
+def weights(run: Path, which: str = "newest") -> bytes:
+    return (run / "checkpoints" / f"{which}.safetensors").read_bytes()
+
+
+def steps_of(dataset: Path, config: TrainConfig = CONFIG) -> int:
+    return math.ceil(Dataset.open(dataset).rows("train") / config.mini_batch_size)
+
+
+def test_losses_and_weights_equal_a_plain_loop_with_torch_optim(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, print_freq=1)
+    recorder = Recorder()
+    train(dataset, tmp_path / "run", config, [recorder])
+
+    data = Dataset.open(dataset)
+    model = DLRM(data.schema, MODEL)
+    initialize(model, np.random.RandomState(config.seed))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+    for batch in data.batches("train", 128):
+        assert batch.labels is not None
+        optimizer.zero_grad()
+        loss = mean_loss(model(batch), batch.labels, LossConfig())
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert len(expected) == steps_of(dataset)
+    np.testing.assert_allclose([report.loss for report in recorder.reports], expected, rtol=1e-5)
+    with safe_open(tmp_path / "run/checkpoints/newest.safetensors", framework="pt") as file:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(
+                file.get_tensor(f"model.{name}"), value, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_a_report_is_the_mean_over_rows_since_the_last_one(dataset: Path, tmp_path: Path) -> None:
+    each, grouped = Recorder(), Recorder()
+    train(dataset, tmp_path / "each", replace(CONFIG, print_freq=1), [each])
+    train(dataset, tmp_path / "grouped", replace(CONFIG, print_freq=10**6), [grouped])
+    rows = Dataset.open(dataset).rows("train")
+    sizes = [128] * (len(each.reports) - 1) + [rows - 128 * (len(each.reports) - 1)]
+    assert sizes[-1] < 128  # the last batch is short, and counts with its rows
+    losses = [report.loss for report in each.reports]
+    assert grouped.reports[0].loss == pytest.approx(np.average(losses, weights=sizes))
+
+
+def test_reports_and_evaluations_come_when_they_are_due(dataset: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    train(dataset, tmp_path / "run", replace(CONFIG, epochs=2, test_freq=7), [recorder])
+    last = steps_of(dataset)
+    evaluations = sorted({*range(7, last, 7), last})
+    reports = sorted({*evaluations, *range(5, last + 1, 5)})
+    assert recorder.evaluation_steps() == [(e, s) for e in range(2) for s in evaluations]
+    assert recorder.report_steps() == [(e, s) for e in range(2) for s in reports]
+    assert recorder.stop is not None
+    assert recorder.stop.reason == "all epochs done"
+    assert (recorder.stop.position.epoch, recorder.stop.position.step) == (2, 0)
+
+
+def test_no_evaluation_while_training_when_test_freq_is_minus_one(
+    dataset: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    result = train(dataset, tmp_path / "run", replace(CONFIG, test_freq=-1), [recorder])
+    assert recorder.evaluations == []
+    assert set(result.metrics) == {"validation", "test"}
+    assert weights(tmp_path / "run", "best") == weights(tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_equal_runs_give_equal_bytes_and_another_seed_does_not(
+    dataset: Path, tmp_path: Path, optimizer: Any
+) -> None:
+    config = replace(
+        CONFIG,
+        model=replace(MODEL, dropout=0.2),
+        optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=0.05),
+        test_freq=6,
+    )
+    first = train(dataset, tmp_path / "first", config)
+    second = train(dataset, tmp_path / "second", config)
+    other = train(dataset, tmp_path / "other", replace(config, seed=124))
+    for which in ("newest", "best"):
+        assert weights(tmp_path / "first", which) == weights(tmp_path / "second", which)
+        assert weights(tmp_path / "first", which) != weights(tmp_path / "other", which)
+    for split in ("validation", "test"):
+        predictions = [tmp_path / run / f"predictions/{split}.arrow" for run in ("first", "second")]
+        assert predictions[0].read_bytes() == predictions[1].read_bytes()
+    assert first.metrics == second.metrics
+    assert first.metrics != other.metrics
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_continuing_within_an_epoch_equals_never_having_stopped(
+    dataset: Path, tmp_path: Path, optimizer: Any
+) -> None:
+    config = replace(
+        CONFIG, epochs=2, optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=0.05)
+    )
+    train(dataset, tmp_path / "whole", config)
+    recorder = Recorder()
+    # Stopped within the second epoch, and continued from there.
+    stop = steps_of(dataset) + 4
+    train(dataset, tmp_path / "part", replace(config, max_steps=stop))
+    checkpoint = str(tmp_path / "part/checkpoints/newest.safetensors")
+    rest = replace(config, continue_from=checkpoint)
+    train(dataset, tmp_path / "rest", rest, [recorder])
+    assert recorder.report_steps()[0] == (1, 5)
+    assert weights(tmp_path / "rest") == weights(tmp_path / "whole")
+
+
+def test_training_stops_at_the_evaluation_that_reaches_the_target(
+    dataset: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    train(dataset, tmp_path / "free", replace(CONFIG, epochs=2, test_freq=4), [recorder])
+    aucs = [evaluation.metrics.auc for evaluation in recorder.evaluations]
+    best = int(np.argmax(aucs))
+    assert best > 0  # else stopping at once would pass
+    stopped = Recorder()
+    config = replace(CONFIG, epochs=2, test_freq=4, target_auc=aucs[best])  # met at equality
+    result = train(dataset, tmp_path / "auc", config, [stopped])
+    assert len(stopped.evaluations) == best + 1
+    assert result.stopped.startswith("target reached: auc")
+    above = Recorder()
+    config = replace(config, target_auc=math.nextafter(aucs[best], 1))
+    result = train(dataset, tmp_path / "above", config, [above])
+    assert len(above.evaluations) == len(recorder.evaluations)
+    assert result.stopped == "all epochs done"
+    accuracies = [evaluation.metrics.accuracy for evaluation in recorder.evaluations]
+    at = Recorder()
+    config = replace(CONFIG, epochs=2, test_freq=4, target_accuracy=max(accuracies))
+    train(dataset, tmp_path / "accuracy", config, [at])
+    assert len(at.evaluations) == accuracies.index(max(accuracies)) + 1
+
+
+def test_the_best_checkpoint_is_the_best_on_validation_and_gives_the_result(
+    dataset: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    run = tmp_path / "run"
+    # A high rate, so that the best evaluation is not the last.
+    config = replace(
+        CONFIG, epochs=3, test_freq=3, optimizer=OptimizerConfig("rowwise_adagrad", 0.1)
+    )
+    result = train(dataset, run, config, [recorder])
+    aucs = [evaluation.metrics.auc for evaluation in recorder.evaluations]
+    assert result.checkpoint == "best"
+    assert max(aucs) > aucs[-1]
+    assert result.metrics["validation"].auc == max(aucs)
+    flags = [evaluation.is_best for evaluation in recorder.evaluations]
+    assert flags == [auc > max(aucs[:i], default=-1) for i, auc in enumerate(aucs)]
+    assert evaluate(run, "test").metrics == result.metrics["test"]
+    newest = evaluate(run, "validation", checkpoint="newest").metrics
+    assert newest.auc == aucs[-1]
+
+
+def test_selection_on_test_and_the_newest_checkpoint_can_be_asked_for(
+    dataset: Path, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    config = replace(CONFIG, test_freq=5, selection_split="test", report_checkpoint="newest")
+    result = train(dataset, tmp_path / "run", config, [recorder])
+    assert {evaluation.split for evaluation in recorder.evaluations} == {"test"}
+    assert result.metrics["test"] == recorder.evaluations[-1].metrics
+
+
+def test_num_batches_caps_every_split_and_max_steps_all_epochs(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, epochs=2, num_batches=3, evaluation_batch_size=20)
+    result = train(dataset, tmp_path / "capped", config)
+    assert (result.train_steps, result.train_samples, result.epochs) == (6, 2 * 3 * 128, 2)
+    assert result.metrics["test"].samples == 60
+    result = train(dataset, tmp_path / "stopped", replace(config, max_steps=4))
+    assert (result.train_steps, result.train_samples) == (4, 4 * 128)
+    assert result.stopped == "the limit of 4 steps"
+    assert result.epochs == pytest.approx(1 + 1 / 3)
+
+
+def test_a_run_holds_what_is_promised(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(dataset, run, replace(CONFIG, test_freq=5))
+    data = Dataset.open(dataset)
+    content = msgspec.json.decode((run / "result.json").read_bytes())
+    for split in ("validation", "test"):
+        assert content["metrics"][split].keys() >= {
+            "auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples",
+        }  # fmt: skip
+        table = pa.ipc.open_file(run / f"predictions/{split}.arrow").read_all()
+        assert table.schema.types == [pa.int64(), pa.float32()]
+        assert table["row"].to_pylist() == list(range(data.rows(split)))
+        labels = np.concatenate([b.labels for b in data.batches(split, 100)])
+        metrics = compute_metrics(labels, table["probability"].to_numpy())
+        assert metrics == result.metrics[split]
+    assert content["epochs"] == 1
+    assert content["train_samples"] == data.rows("train")
+    assert content["kernels"] == "plain"
+    assert 0 < content["samples_per_second"] < 1e8
+    assert content["samples_per_second"] >= content["train_samples"] / content["seconds"]
+    config, where = read_config(run / "config.toml")
+    assert config == replace(CONFIG, test_freq=5)
+    assert Path(where) == dataset.resolve()
+    events = [msgspec.json.decode(line) for line in (run / "log.jsonl").read_bytes().splitlines()]
+    assert events[0]["event"] == "start"
+    assert events[-1]["event"] == "stop"
+    assert {e["position"]["step"] for e in events if e["event"] == "evaluation"} >= {5, 10}
+    assert (run / "schema.json").read_bytes() == (dataset / "schema.json").read_bytes()
+
+
+def test_ids_modulo_max_ind_range_are_trained_and_evaluated_alike(
+    dataset: Path, tmp_path: Path
+) -> None:
+    result = train(dataset, tmp_path / "run", replace(CONFIG, max_ind_range=5))
+    with safe_open(tmp_path / "run/checkpoints/best.safetensors", framework="pt") as file:
+        shapes = [
+            file.get_slice(name).get_shape() for name in file.keys() if "embedding_bags" in name
+        ]
+    assert max(rows for rows, _ in shapes) == 5
+    assert evaluate(tmp_path / "run", "test").metrics == result.metrics["test"]
+
+
+def test_a_diverged_loss_is_refused_with_its_step(dataset: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e30))
+    with pytest.raises(UserError, match=r"diverged. Lower --learning-rate \(it is 1e\+30\)"):
+        train(dataset, tmp_path / "run", config)
+
+
+def test_a_taken_run_is_refused_and_left_as_it_is(dataset: Path, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "run", CONFIG)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds a run already"):
+        train(dataset, tmp_path / "run", CONFIG)
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": replace(MODEL, over_arch_layer_sizes=(9, 1))},
+            r"another architecture: model\.over_arch\.layers\.0\.bias .*\(9,\), got \(8,\)",
+        ),
+        (
+            {"optimizer": OptimizerConfig("adagrad")},
+            r"holds the state of sgd, and --optimizer adagrad",
+        ),
+        ({"epochs": 1}, r"saved after 1 epochs.*nothing is left to train"),
+        ({"continue_from": "nowhere.safetensors"}, r"nowhere\.safetensors cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_leaves_no_run(
+    dataset: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    train(dataset, tmp_path / "first", CONFIG)
+    checkpoint = str(tmp_path / "first/checkpoints/newest.safetensors")
+    config = replace(CONFIG, **{"epochs": 2, "continue_from": checkpoint, **change})
+    with pytest.raises(UserError, match=message):
+        train(dataset, tmp_path / "second", config)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "run", CONFIG)
+    newest = tmp_path / "run/checkpoints/newest.safetensors"
+    content = newest.read_bytes()
+    config = replace(CONFIG, epochs=2, continue_from=str(newest))
+    newest.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        train(dataset, tmp_path / "second", config)
+    newest.write_bytes(content.replace(b'format_version\\":\\"1.0', b'format_version\\":\\"2.0'))
+    with pytest.raises(UserError, match=r"format version '2\.0'; this dlrm reads 1\.0"):
+        train(dataset, tmp_path / "second", config)
