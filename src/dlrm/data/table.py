@@ -31,7 +31,7 @@ def rows_from_table(
     Raises:
         UserError: A column is missing, or a value is none of the above; it names the row.
     """
-    names = [feature.name for feature in (*schema.dense, *schema.sparse)]
+    names = [each.name for each in schema.dense] + [each.name for each in schema.sparse]
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise UserError(
@@ -39,9 +39,10 @@ def rows_from_table(
             f"{', '.join(table.column_names) or 'none'}. Add them (null where a value is missing)."
         )
     dense = np.empty((table.num_rows, len(schema.dense)), np.int32)
-    for column, feature in enumerate(schema.dense):
-        integers = _integers(table.column(feature.name), feature.name)
-        _refuse(integers > _LARGEST_DENSE, integers, feature.name, f"at most {_LARGEST_DENSE}")
+    for column, dense_feature in enumerate(schema.dense):
+        integers = _integers(table.column(dense_feature.name), dense_feature.name)
+        too_large = integers > _LARGEST_DENSE
+        _refuse(too_large, integers, dense_feature.name, f"at most {_LARGEST_DENSE}")
         dense[:, column] = np.maximum(integers, 0)
     values = np.empty((table.num_rows, len(schema.sparse)), np.uint32)
     for column, feature in enumerate(schema.sparse):
