@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from dlrm.config import PrepareConfig, Shuffle, TrainConfig
 from dlrm.errors import UserError
 from dlrm.reference.flags import FLAGS, read_flags
 
+E = TypeVar("E", bound=Exception)
 T = TypeVar("T")
 
 _PROCESSED_NAME = "kaggleAdDisplayChallenge_processed.npz"  # in the raw file's folder
@@ -128,18 +130,17 @@ def parse(arguments: Sequence[str]) -> Request:
         raise in_reference_terms(error) from error
 
 
-def in_reference_terms(error: UserError) -> UserError:
+def in_reference_terms(error: E) -> E:
     """Return an error about our options with the reference's names for them beside it."""
-    names = {
-        option: flag.name
-        for flag in FLAGS.values()
-        for option in (f"--{field.replace('_', '-')}" for field in flag.ours)
-        if option != flag.name and option in str(error)
-    }
+    names: dict[str, list[str]] = {}
+    for flag in FLAGS.values():
+        for option in (f"--{field.replace('_', '-')}" for field in flag.ours):
+            if option != flag.name and re.search(rf"{option}(?![\w-])", str(error)):
+                names.setdefault(option, []).append(flag.name)
     if not names:
         return error
-    meant = ", ".join(f"{ours} is set by {theirs}" for ours, theirs in names.items())
-    return UserError(f"{error} Here {meant}.")
+    meant = ", ".join(f"{ours} is set by {' or '.join(them)}" for ours, them in names.items())
+    return type(error)(f"{str(error).rstrip('.')}. Here {meant}.")
 
 
 def _data_paths(raw: str, processed: str) -> tuple[Path, Path]:

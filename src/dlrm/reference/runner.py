@@ -12,7 +12,7 @@ from dlrm.config import write_config
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.data.prepare import prepare, raw_file
 from dlrm.device import open_device
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
 from dlrm.files import environment_faults, locked
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
@@ -31,7 +31,7 @@ def run(request: Request) -> None:
     """
     try:
         _run(request)
-    except UserError as error:
+    except (UserError, EnvironmentFaultError) as error:
         raise in_reference_terms(error) from error
 
 

@@ -1,0 +1,142 @@
+"""The golden cases: what the reference itself computed, to its README's tolerances."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dlrm import reference
+
+# Beside each case the source of its rows, so that both are covered; maxind limits the ids of the
+# finished .npz alone.
+CASES = {
+    "sgd_bce": "text",
+    "total": "text",
+    "rwsadagrad": "text",
+    "adagrad": "npz",
+    "wbce": "text",
+    "mse": "text",
+    "cat": "npz",
+    "itself": "text",
+    "lrpolicy": "text",
+    "maxind": "npz",
+}
+WEIGHT_TOLERANCE = {"sgd_bce": 1e-5, "rwsadagrad": 1e-5, "adagrad": 1e-4}
+PROCESSED = "kaggleAdDisplayChallenge_processed.npz"
+
+
+@dataclass
+class Golden:
+    folder: Path
+    work: Path
+    """A DATASET of the raw rows and one of the .npz are kept here."""
+    content: dict[str, Any]
+
+    def flags(self, case: str, *more: str) -> list[str]:
+        flags = [*self.content["base_flags"].split(), *self.content["cases"][case]["flags"].split()]
+        if CASES[case] == "text":
+            # Two DATASETs, so that neither order has to be prepared more than once.
+            order = "shuffled" if case == "total" else "stored"
+            flags.append(f"--raw-data-file={self.folder / 'train.txt'}")
+            flags.append(f"--processed-data-file={self.work / order}.npz")
+        else:
+            flags.append(f"--processed-data-file={self.work / PROCESSED}")
+        return [*flags, *more]
+
+
+@pytest.fixture(scope="module")
+def golden(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    folder = shared_data / "golden"
+    work = tmp_path_factory.mktemp("golden")
+    shutil.copy(folder / PROCESSED, work / PROCESSED)
+    return Golden(folder, work, json.loads((folder / "golden.json").read_text()))
+
+
+def metrics_of(log: str) -> list[dict[str, float]]:
+    lines = re.findall(
+        r"^recall (.*), precision (.*), f1 (.*), ap (.*), auc (.*), best auc .*, accuracy (.*) %, ",
+        log,
+        re.MULTILINE,
+    )
+    names = ("recall", "precision", "f1", "average_precision", "auc", "accuracy_percent")
+    return [dict(zip(names, map(float, line), strict=True)) for line in lines]
+
+
+@pytest.mark.parametrize("start", ["from the .pt", "from the seed"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_case(
+    golden: Golden, case: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "saved.pt"
+    flags = golden.flags(case, f"--run={tmp_path / 'run'}", f"--save-model={saved}")
+    if start == "from the .pt":
+        flags.append(f"--load-model={golden.folder / case}.init.pt")
+    reference.main(flags)
+    log = capsys.readouterr().out
+    expected = golden.content["cases"][case]
+
+    losses = np.array(re.findall(r"^Finished .*, loss (\d+\.\d{6})$", log, re.MULTILINE), float)
+    expected_losses = np.array(expected["train_loss"])
+    assert len(losses) == len(expected_losses)
+    assert np.abs(losses - expected_losses)[:20].max() < 2e-5
+    assert (np.abs(losses - expected_losses) / expected_losses).max() < 1e-3
+
+    found = metrics_of(log)
+    expected_tests = expected.get("test_after_each_epoch", [expected["test"]])
+    assert len(found) == len(expected_tests)
+    for metrics, expected_metrics in zip(found, expected_tests, strict=True):
+        assert metrics.keys() == expected_metrics.keys()
+        assert metrics["auc"] == pytest.approx(expected_metrics["auc"], abs=5e-4)
+        for name in ("recall", "precision", "f1", "average_precision"):
+            assert metrics[name] == pytest.approx(expected_metrics[name], abs=1e-3)
+        assert metrics["accuracy_percent"] == pytest.approx(
+            expected_metrics["accuracy_percent"], abs=1e-2
+        )
+
+    if case in WEIGHT_TOLERANCE:
+        compare_saved(saved, golden.folder / f"{case}.final.pt", WEIGHT_TOLERANCE[case])
+
+
+def compare_saved(path: Path, expected_path: Path, tolerance: float) -> None:
+    found = torch.load(path, weights_only=True)  # plain numbers: nothing to allow
+    # The golden file is our own data, and holds NumPy's scalars.
+    expected = torch.load(expected_path, weights_only=False)
+    assert found.keys() == expected.keys()
+    assert list(found["state_dict"]) == list(expected["state_dict"])
+    for name, weight in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], weight, rtol=0, atol=tolerance)
+    state, expected_state = found["opt_state_dict"], expected["opt_state_dict"]
+    assert state["param_groups"] == expected_state["param_groups"]
+    assert state["state"].keys() == expected_state["state"].keys()
+    for number, entry in expected_state["state"].items():
+        assert state["state"][number].keys() == entry.keys()
+        for kind, value in entry.items():
+            assert type(state["state"][number][kind]) is type(value)
+            torch.testing.assert_close(state["state"][number][kind], value, rtol=1e-3, atol=1e-6)
+    for name in ("nepochs", "nbatches", "nbatches_test", "epoch", "iter", "total_loss"):
+        assert found[name] == expected[name]
+    for name in ("test_acc", "test_auc", "train_loss"):
+        assert type(found[name]) is float
+        assert found[name] == pytest.approx(float(expected[name]), abs=5e-4)
+
+
+def test_a_final_checkpoint_of_the_reference_is_read_and_tested(
+    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = golden.folder / "rwsadagrad.final.pt"  # holds NumPy's scalars
+    flags = ["--inference-only", f"--load-model={model}", f"--run={tmp_path / 'run'}"]
+    reference.main(golden.flags("rwsadagrad", *flags))
+    log = capsys.readouterr().out
+    assert "Saved at: epoch = 0/1, batch = 94/94, ntbatch = 2\n" in log
+    assert "Training state: loss = 0.530352\n" in log
+    assert "Testing state: accuracy = 73.926 %, auc = 0.705\n" in log
+    (metrics,) = metrics_of(log)
+    assert metrics == golden.content["cases"]["rwsadagrad"]["test"]

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlrm import cli
+from dlrm.config import LossConfig, ModelConfig, OptimizerConfig, PrepareConfig, TrainConfig
+from dlrm.errors import UserError
+from dlrm.reference import Request, parse
+
+RECIPE = (
+    "--arch-sparse-feature-size=16 --arch-mlp-bot=13-512-256-64-16 --arch-mlp-top=512-256-1 "
+    "--data-generation=dataset --data-set=kaggle --raw-data-file=data/train.txt "
+    "--loss-function=bce --round-targets=True --learning-rate=0.1 --mini-batch-size=128 "
+    "--print-freq=100 --print-time --test-freq=10240 --test-mini-batch-size=16384 "
+    "--test-num-workers=16 --mlperf-logging"
+)
+
+
+def request(flags: str = "") -> Request:
+    return parse([*RECIPE.split(), *flags.split()])
+
+
+def changed(flags: str) -> dict[str, Any]:
+    """What flags change in the training configuration, nested names joined."""
+
+    def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+        found = {}
+        for name, value in vars(config).items():
+            nested = hasattr(value, "__dataclass_fields__")
+            found |= flat(value, f"{name}.") if nested else {f"{prefix}{name}": value}
+        return found
+
+    before, after = flat(request().train), flat(request(flags).train)
+    return {name: value for name, value in after.items() if before[name] != value}
+
+
+def test_the_published_recipe() -> None:
+    asked = request()
+    assert asked.prepare == PrepareConfig(shuffle="reference", seed=123)
+    assert asked.train == TrainConfig(
+        model=ModelConfig(),
+        loss=LossConfig(),
+        optimizer=OptimizerConfig(learning_rate=0.1),
+        epochs=1,
+        mini_batch_size=128,
+        evaluation_batch_size=16384,
+        test_freq=10240,
+        print_freq=100,
+        selection_split="test",
+        report_checkpoint="newest",
+        initial_draws="total",
+    )
+    assert asked.source == Path("data/train.txt")
+    assert asked.dataset == Path("data/kaggleAdDisplayChallenge_processed.dataset")
+    assert (asked.print_time, asked.mlperf_logging, asked.print_wall_time) == (True, True, False)
+
+
+def test_the_references_defaults_apply() -> None:
+    asked = parse(
+        "--data-generation=dataset --raw-data-file=t --arch-mlp-bot=13-3-2 --arch-mlp-top=1".split()
+    )
+    assert asked.train == TrainConfig(
+        model=ModelConfig(
+            embedding_dim=2, dense_arch_layer_sizes=(3, 2), over_arch_layer_sizes=(1,)
+        ),
+        loss=LossConfig(loss="mse"),
+        optimizer=OptimizerConfig(learning_rate=0.01),
+        mini_batch_size=1,
+        evaluation_batch_size=1,
+        test_freq=-1,
+        print_freq=1,
+        selection_split="test",
+        report_checkpoint="newest",
+        initial_draws="total",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--arch-interaction-op=cat", {"model.interaction": "cat"}),
+        ("--arch-interaction-itself", {"model.interaction_itself": True}),
+        ("--loss-function=mse", {"loss.loss": "mse"}),
+        (
+            "--loss-function=wbce --loss-weights=0.4-1.6",
+            {"loss.loss": "wbce", "loss.loss_weights": (0.4, 1.6)},
+        ),
+        ("--loss-threshold=0.01", {"loss.loss_threshold": 0.01}),
+        ("--optimizer=adagrad", {"optimizer.optimizer": "adagrad"}),
+        ("--optimizer=rwsadagrad", {"optimizer.optimizer": "rowwise_adagrad"}),
+        ("--lr-num-warmup-steps=5", {"optimizer.warmup_steps": 5}),
+        (
+            "--lr-decay-start-step=6 --lr-num-decay-steps=7",
+            {"optimizer.decay_start_step": 6, "optimizer.decay_steps": 7},
+        ),
+        ("--data-randomize=none", {"initial_draws": "none"}),
+        ("--data-randomize=day", {"initial_draws": "day"}),
+        ("--max-ind-range=100", {"max_ind_range": 100}),
+        ("--max-ind-range=-1", {}),
+        ("--num-batches=9", {"num_batches": 9}),
+        ("--num-batches=-1", {}),
+        ("--nepochs=3", {"epochs": 3}),
+        ("--step=1000", {"max_steps": 1000}),
+        ("--step=-1", {}),
+        ("--numpy-rand-seed=7", {"seed": 7}),
+        ("--use-gpu --local_rank=1", {"device": "cuda", "local_rank": 1}),
+        ("--use-npu --local_rank=-1", {"device": "npu"}),
+        ("--test-freq=0", {"test_freq": -1}),
+        ("--test-freq=-5", {"test_freq": -1}),
+        ("--test-mini-batch-size=-1", {"evaluation_batch_size": 128}),
+        ("--mlperf-auc-threshold=0.8", {"target_auc": 0.8}),
+        ("--mlperf-acc-threshold=0.7", {"target_accuracy": 0.7}),
+        ("--load-model=m.pt --run=r", {"continue_from": "r/initial.safetensors"}),
+        ("--round-targets=False --num-workers=4 --dataset-multiprocessing", {}),
+        ("--print-wall-time --save-model=m.pt", {}),
+    ],
+)
+def test_what_a_flag_sets(flags: str, expected: dict[str, Any]) -> None:
+    assert changed(flags) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--data-randomize=none", PrepareConfig(shuffle="none")),
+        ("--data-randomize=none --numpy-rand-seed=7", PrepareConfig(shuffle="none")),
+        ("--data-randomize=day", PrepareConfig(shuffle="reference-day")),
+        ("--numpy-rand-seed=7", PrepareConfig(shuffle="reference", seed=7)),
+        ("--max-ind-range=100", PrepareConfig(shuffle="reference", max_ind_range=100)),
+    ],
+)
+def test_what_preparation_is_asked_for(flags: str, expected: PrepareConfig) -> None:
+    assert request(flags).prepare == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--arch-interaction-itself --optimizer=rwsadagrad --numpy-rand-seed=5 --nepochs=2",
+        "--loss-function=wbce --loss-weights=0.4-1.6 --loss-threshold=0.001 --step=7",
+        "--arch-interaction-op=cat --max-ind-range=50 --data-randomize=day --num-batches=3",
+        "--mlperf-auc-threshold=0.8 --mlperf-acc-threshold=0.79 --test-freq=-1 --use-npu",
+        "--lr-num-warmup-steps=5 --lr-decay-start-step=6 --lr-num-decay-steps=7 --run=/a/'b'",
+        "--learning-rate=1e-07 --load-model=m.pt --data-randomize=none --use-gpu --local_rank=3",
+    ],
+)
+def test_the_commands_mean_the_same(flags: str) -> None:
+    asked = request(flags)
+    prepare, train = (cli.parse(shlex.split(line)[1:]) for line in asked.commands())
+    assert isinstance(prepare, cli.Prepare)
+    assert isinstance(train, cli.Train)
+    assert (prepare.source, prepare.dataset) == (asked.source, asked.dataset)
+    assert prepare.options == asked.prepare
+    assert (train.dataset, train.run) == (asked.dataset, asked.run)
+    assert train.options == asked.train
+
+
+def test_the_command_of_inference() -> None:
+    asked = request("--inference-only --load-model=m.pt --run=r --use-npu --local_rank=2")
+    evaluate = cli.parse(shlex.split(asked.commands()[1])[1:])
+    assert evaluate == cli.Evaluate(
+        Path("r"), "test", checkpoint="newest", device="npu", local_rank=2
+    )
+
+
+def test_a_finished_npz_is_the_source(tmp_path: Path) -> None:
+    npz = tmp_path / "my.npz"
+    flags = f"--processed-data-file={npz} --max-ind-range=10"
+    assert request(flags).source == Path("data/train.txt")
+    assert request(flags).prepare.max_ind_range == 10
+    npz.touch()
+    asked = request(flags)
+    assert (asked.source, asked.dataset) == (npz, tmp_path / "my.dataset")
+    assert (asked.prepare.max_ind_range, asked.train.max_ind_range) == (0, 10)
+
+
+def test_a_finished_npz_beside_the_raw_file_is_found(tmp_path: Path) -> None:
+    npz = tmp_path / "kaggleAdDisplayChallenge_processed.npz"
+    npz.touch()
+    assert request(f"--raw-data-file={tmp_path}/train.txt").source == npz
+
+
+def test_the_run_is_the_first_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert request().run == Path("runs/reference-001")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "reference-001").mkdir(parents=True)
+    assert request().run == Path("runs/reference-002")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--use-gpu --use-npu", "--use-gpu and --use-npu name two devices"),
+        ("--inference-only", "--inference-only needs a model to test"),
+        ("--raw-data-file=", "there are no data: name Criteo's train.txt with --raw-data-file"),
+        ("--processed-data-file=x.txt", "--processed-data-file must end in .npz; got x.txt"),
+        ("--raw-data-file= --processed-data-file=no.npz", "no.npz does not exist"),
+        ("--mini-batch-size=0", "--mini-batch-size must be at least 1; got 0"),
+        (
+            "--nepochs=-1",
+            "--epochs must not be negative; got -1. Here --epochs is set by --nepochs.",
+        ),
+        (
+            "--arch-sparse-feature-size=8",
+            "--dense-arch-layer-sizes is set by --arch-mlp-bot",
+        ),
+        (
+            "--lr-num-warmup-steps=9 --lr-num-decay-steps=1",
+            "--warmup-steps is set by --lr-num-warmup-steps",
+        ),
+    ],
+)
+def test_what_cannot_be(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        request(flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ("--loss-weights=1-2", "--loss-weights has no effect without --loss-function=wbce"),
+        (
+            "--arch-interaction-op=cat --arch-interaction-itself",
+            "--arch-interaction-itself has no effect without --arch-interaction-op=dot",
+        ),
+        ("--local_rank=1", "--local_rank has no effect on the CPU"),
+        ("--save-model=m.pt --test-freq=-1", "--save-model has no effect unless training is"),
+        ("--num-workers=2", "--num-workers changes nothing: one background thread reads here"),
+        ("--dataset-multiprocessing", "--dataset-multiprocessing changes nothing: preparation"),
+        ("", "--round-targets changes nothing: the labels are 0 and 1 already"),
+    ],
+)
+def test_what_has_no_effect_is_noted(flags: str, note: str) -> None:
+    assert any(line.startswith(note) for line in request(flags).notes)
+
+
+def test_thresholds_act_with_mlperf_logging_alone() -> None:
+    flags = [flag for flag in RECIPE.split() if flag != "--mlperf-logging"]
+    asked = parse([*flags, "--mlperf-auc-threshold=0.5", "--mlperf-acc-threshold=0.5"])
+    assert (asked.train.target_auc, asked.train.target_accuracy) == (0, 0)
+    idle = [note for note in asked.notes if "has no effect without --mlperf-logging" in note]
+    assert len(idle) == 2
