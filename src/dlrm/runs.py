@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -110,7 +112,17 @@ class Run:
         Raises:
             UserError: The run has not ended, or its result is damaged.
         """
-        return read_json(self.path / "result.json", RunResult, "run")
+        path = self.path / "result.json"
+        content: dict[str, Any] = read_json(path, dict, "run")
+        try:
+            # JSON has no NaN, which is what a metric of one-class labels can be.
+            content["metrics"] = {
+                split: {name: math.nan if value is None else value for name, value in each.items()}
+                for split, each in content["metrics"].items()
+            }
+            return msgspec.convert(content, RunResult)
+        except (msgspec.ValidationError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
 
     def write_predictions(self, split: Split, probabilities: npt.NDArray[np.float32]) -> None:
         """Write ``predictions/SPLIT.arrow``: row, the position in the split, and probability."""

@@ -12,13 +12,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dlrm.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig, read_config
+from dlrm.config import (
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    TrainConfig,
+    read_config,
+)
 from dlrm.data.dataset import Dataset
+from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
 from dlrm.evaluation import evaluate
 from dlrm.metrics import compute_metrics
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.loss import mean_loss
+from dlrm.runs import Run
 from dlrm.training.events import Evaluation, Events, Report, Start, Stop
 from dlrm.training.trainer import train
 
@@ -330,3 +339,16 @@ def test_a_damaged_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:
     newest.write_bytes(content.replace(b'format_version\\":\\"1.0', b'format_version\\":\\"2.0'))
     with pytest.raises(UserError, match=r"format version '2\.0'; this dlrm reads 1\.0"):
         train(dataset, tmp_path / "second", config)
+
+
+def test_labels_of_one_class_give_a_result_without_an_auc(raw_rows: Path, tmp_path: Path) -> None:
+    lines = (raw_rows / "train.txt").read_text().splitlines(keepends=True)[:70]
+    (tmp_path / "train.txt").write_text("".join("0" + line[1:] for line in lines))
+    prepare(tmp_path, tmp_path / "dataset", PrepareConfig())
+    result = train(tmp_path / "dataset", tmp_path / "run", CONFIG)
+    assert math.isnan(result.metrics["test"].auc)
+    content = msgspec.json.decode((tmp_path / "run/result.json").read_bytes())
+    assert content["metrics"]["test"]["auc"] is None
+    read_back = Run.open(tmp_path / "run").result()
+    assert math.isnan(read_back.metrics["test"].auc)
+    assert read_back.metrics["test"].log_loss == result.metrics["test"].log_loss
