@@ -61,8 +61,7 @@ class RawBlock:
         first_row: The number of the first row in the file, from 0.
         labels: (n,) uint8 zeros and ones, or None where rows have no label.
         dense: (n, 13) int32; missing and negative values are 0.
-        sparse: (n, 26) uint32 values of the hexadecimal ids; missing ones are 0. In memory a
-            feature's values lie together.
+        sparse: (n, 26) uint32 values of the hexadecimal ids; missing ones are 0.
     """
 
     first_row: int
@@ -259,8 +258,8 @@ def _parse_block(block: bytes, width: int) -> _Columns | None:
     # The 8 bytes before the end of each id, as one number. Where an id is missing they are other
     # fields; there are always 8, the separators of the integers.
     words = np.ndarray((len(block) - 7,), "<u8", block, strides=(1,))
-    sparse = _hexadecimal(words[ends[:, len(numbers) :].T - 8], present.T)
-    return None if sparse is None else (labels, dense, sparse.T)
+    sparse = _hexadecimal(words[ends[:, len(numbers) :] - 8], present)
+    return None if sparse is None else (labels, dense, sparse)
 
 
 def _hexadecimal(
@@ -297,7 +296,7 @@ def _parse_lines(block: bytes, width: int) -> _Columns:
     return (
         np.array(labels, np.uint8) if labelled else None,
         np.array(dense, np.int32),
-        np.asfortranarray(np.array(sparse, np.uint32)),
+        np.array(sparse, np.uint32),
     )
 
 
@@ -325,8 +324,11 @@ def _parse_line(line: bytes, width: int) -> tuple[int, list[int], list[int]]:
         raise _BadFieldError(0, f"a line shorter than {MAX_LINE_BYTES} bytes", _shown(line))
     fields = line.split(b"\t")
     if len(fields) != width:
-        got = f"{len(fields)}: {_shown(line)}" if line else "a blank line"
-        raise _BadFieldError(min(len(fields), width), f"{width} tab-separated fields", got)
+        expected = f"{width} tab-separated fields"
+        if not line:
+            raise _BadFieldError(0, expected, "a blank line")
+        column = min(len(fields), width)  # the first that is missing or too many
+        raise _BadFieldError(column, expected, f"{len(fields)}: {_shown(line)}")
     numbers = width - len(SPARSE_NAMES)
     has_label = numbers - len(DENSE_NAMES)
     label = 0
