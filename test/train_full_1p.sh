@@ -61,7 +61,8 @@ dlrm reference --run="$run" \
   ${flags[@]+"${flags[@]}"}
 
 if [[ -f $data_path/test.txt ]]; then
-  dlrm predict "$run" "$data_path/test.txt" "$run/submission.csv" >/dev/null
+  # By the checkpoint that the last test was of, not by the one that chose itself on test.
+  dlrm predict "$run" "$data_path/test.txt" "$run/submission.csv" --checkpoint newest >/dev/null
   echo "predictions of test.txt: $run/submission.csv"
 fi
 echo

@@ -239,7 +239,8 @@ def test_training_on_given_data(copy: Copy, criteo: Path, form: list[str]) -> No
     # The data may be read-only.
     processed = next(flag for flag in training if flag.startswith("--processed-data-file="))
     assert f"={run.parent}/" in processed
-    assert prediction == ["predict", str(run), f"{criteo}/test.txt", f"{run}/submission.csv"]
+    files = [str(run), f"{criteo}/test.txt", f"{run}/submission.csv"]
+    assert prediction == ["predict", *files, "--checkpoint", "newest"]
     assert output.endswith(f"\ntable {run}\n")
 
 

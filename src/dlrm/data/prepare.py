@@ -31,8 +31,15 @@ from dlrm.schema import FeatureSchema
 logger = logging.getLogger("dlrm")
 
 
+_DEFAULTS = PrepareConfig()
+
+
 def prepare(
-    source: Path, dataset: Path, config: PrepareConfig, *, overwrite: bool = False
+    source: Path | str,
+    dataset: Path | str,
+    config: PrepareConfig = _DEFAULTS,
+    *,
+    overwrite: bool = False,
 ) -> Dataset:
     """Turn raw rows into a DATASET.
 
@@ -53,7 +60,7 @@ def prepare(
             is written then.
         EnvironmentFaultError: A disk fails, is full or read-only.
     """
-    file = raw_file(source)
+    file, dataset = raw_file(Path(source)), Path(dataset)
     with locked(dataset, "dataset"):
         if not overwrite and (dataset / "manifest.json").exists():
             found = _require_same(dataset, file, config)

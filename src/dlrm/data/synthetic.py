@@ -434,7 +434,7 @@ class Truth:
     format_version: str = FORMAT_VERSION
 
 
-def synthesize(directory: Path, config: SynthesizeConfig) -> Truth:
+def synthesize(directory: Path | str, config: SynthesizeConfig) -> Truth:
     """Write made-up click logs in the format of Criteo's Kaggle challenge.
 
     ``directory`` gets train.txt, test.txt (without labels), truth.json, and for the rows of either
@@ -449,6 +449,7 @@ def synthesize(directory: Path, config: SynthesizeConfig) -> Truth:
         UserError: The directory holds other data, or is a file.
         EnvironmentFaultError: The disk is full or read-only.
     """
+    directory = Path(directory)
     try:
         with environment_faults(f"make the directory {directory}"):
             directory.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ logger = logging.getLogger("dlrm")
 
 
 def train(
-    dataset: Path, run: Path, config: TrainConfig, listeners: Sequence[Events] = ()
+    dataset: Path | str, run: Path | str, config: TrainConfig, listeners: Sequence[Events] = ()
 ) -> RunResult:
     """Train a model on a DATASET into a new RUN folder.
 
@@ -63,6 +63,7 @@ def train(
         EnvironmentFaultError: The disk or the device fails.
     """
     started = time.perf_counter()
+    dataset, run = Path(dataset), Path(run)
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
     with locked(run, "run"):
