@@ -42,6 +42,8 @@ class SparseFeature:
     vocabulary: str = ""
     """Its vocabulary's file name in ``vocabulary/``; empty when it is not known (data that another
     program prepared), and raw values cannot be encoded."""
+    vocabulary_sha256: str = ""
+    """SHA-256 of that file."""
     value_modulus: int = 0
     """Raw values were taken modulo this before they were numbered; 0: as they are."""
     id_modulus: int = 0
@@ -61,7 +63,8 @@ class FeatureSchema:
     split_rule: str
     """How rows were split, in words a reader of the file understands."""
     fingerprint: str = ""
-    """SHA-256 over everything above and the vocabularies; see ``sealed``."""
+    """SHA-256 over everything else, vocabularies included; see ``sealed``. It stays that of the
+    DATASET when a run limits ids further."""
     format_version: str = FORMAT_VERSION
 
     @property
@@ -69,14 +72,10 @@ class FeatureSchema:
         """Rows of each embedding table."""
         return tuple(feature.num_embeddings for feature in self.sparse)
 
-    def sealed(self, vocabulary_checksums: tuple[str, ...]) -> FeatureSchema:
-        """Return this schema with its fingerprint.
-
-        Args:
-            vocabulary_checksums: SHA-256 of each sparse feature's vocabulary file, or "".
-        """
+    def sealed(self) -> FeatureSchema:
+        """Return this schema with its fingerprint."""
         blank = dataclasses.replace(self, fingerprint="")
-        content = msgspec.json.encode((blank, vocabulary_checksums), order="deterministic")
+        content = msgspec.json.encode(blank, order="deterministic")
         return dataclasses.replace(self, fingerprint=hashlib.sha256(content).hexdigest())
 
     def with_max_ind_range(self, max_ind_range: int) -> FeatureSchema:

@@ -62,23 +62,12 @@ def test_fit_and_encode_against_a_dictionary(blocks: list[list[int]], modulus: i
 def described(tmp_path: Path) -> FeatureSchema:
     """The schema of two vocabularies that are in tmp_path."""
     (tmp_path / "vocabulary").mkdir()
-    blocks = [uint32(7, 3, 9), uint32(100, 104, 100)]
-    vocabularies = [vocabulary.fit([block], value_modulus=10)[0] for block in blocks]
-    schema = FeatureSchema(
-        label="label",
-        dense=(),
-        sparse=tuple(
-            SparseFeature(f"s_{index}", len(fitted), f"s_{index}.arrow", value_modulus=10)
-            for index, fitted in enumerate(vocabularies)
-        ),
-        source_format="criteo-kaggle",
-        split_rule="",
-    )
-    checksums = [
-        fitted.write(tmp_path / "vocabulary" / f"s_{index}.arrow")
-        for index, fitted in enumerate(vocabularies)
-    ]
-    return schema.sealed(tuple(checksums))
+    features = []
+    for name, block in (("s_0", uint32(7, 3, 9)), ("s_1", uint32(100, 104, 100))):
+        fitted, _ = vocabulary.fit([block], value_modulus=10)
+        checksum = fitted.write(tmp_path / "vocabulary" / f"{name}.arrow")
+        features.append(SparseFeature(name, len(fitted), f"{name}.arrow", checksum, 10))
+    return FeatureSchema("label", (), tuple(features), "criteo-kaggle", "").sealed()
 
 
 def test_encoder(tmp_path: Path, described: FeatureSchema) -> None:
@@ -118,7 +107,8 @@ def test_another_vocabulary_is_refused(tmp_path: Path, described: FeatureSchema)
     path = tmp_path / "vocabulary" / "s_1.arrow"
     found = Vocabulary.read(path)
     Vocabulary(found.values, found.ids[::-1].copy(), found.counts).write(path)
-    with pytest.raises(UserError, match=f"expected {described.fingerprint}"):
+    expected = described.sparse[1].vocabulary_sha256
+    with pytest.raises(UserError, match=rf"s_1\.arrow does not belong to .* expected {expected}"):
         Encoder.open(tmp_path, described)
 
 

@@ -99,7 +99,7 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class Source:
-    """The file that a DATASET was made from."""
+    """A file that a DATASET was made from."""
 
     name: str
     bytes: int
@@ -115,11 +115,11 @@ class Manifest:
 
     splits: dict[Split, StoredSplit]
     schema_fingerprint: str
-    source: Source | None = None
-    """None: made-up rows."""
+    sources: tuple[Source, ...] = ()
+    """In the order in which they were read; none for made-up rows."""
     options: PrepareConfig | None = None
     days: tuple[int, ...] = ()
-    """Rows of each day of the source."""
+    """Rows of each day of the sources."""
     rows_rejected: int = 0
     format_version: str = FORMAT_VERSION
 
@@ -216,7 +216,7 @@ class Dataset:
 
     def _blocks(
         self, split: Split, mini_batch_size: int, schema: FeatureSchema, first: int, last: int
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Transform rows first … last-1, a whole number of mini-batches at a time."""
         pending: list[Rows] = []
         count = 0
@@ -253,7 +253,7 @@ def _make_batch(schema: FeatureSchema, rows: Rows) -> Batch:
 
 
 @contextmanager
-def _in_background(items: Iterator[Batch], ahead: int) -> Iterator[Iterator[Batch]]:
+def _in_background(items: Generator[Batch, None, None], ahead: int) -> Iterator[Iterator[Batch]]:
     """Advance an iterator in a thread, at most so many items ahead.
 
     What it raises is raised to the consumer. On leaving the context the thread is joined, whether
@@ -271,6 +271,8 @@ def _in_background(items: Iterator[Batch], ahead: int) -> Iterator[Iterator[Batc
             ready.put(None)
         except BaseException as error:
             ready.put(error)
+        finally:
+            items.close()
 
     def consume() -> Iterator[Batch]:
         while (item := ready.get()) is not None:
@@ -349,6 +351,9 @@ def _list_of(length: int) -> pa.DataType:
 
 
 def _rows_of(batch: pa.RecordBatch) -> Rows:
+    batch.validate(full=True)
+    if any(column.null_count for column in batch.columns):
+        raise pa.ArrowInvalid("values are missing")
     labels, dense, sparse = batch.columns
     return Rows(
         labels.to_numpy(),
@@ -441,7 +446,7 @@ def new_dataset(
         schema: What a row consists of.
         vocabularies: One for each sparse feature, or none.
         overwrite: Replace a DATASET that is there.
-        description: Fields of the Manifest: source, options, days, rows_rejected.
+        description: Fields of the Manifest: sources, options, days, rows_rejected.
 
     Raises:
         UserError: There is something at ``path`` already.
@@ -472,21 +477,17 @@ def _write_description(
     folder: Path, schema: FeatureSchema, vocabularies: Sequence[Vocabulary]
 ) -> FeatureSchema:
     """Write vocabularies and the schema, which is returned as written."""
-    checksums = [""] * len(schema.sparse)
     if vocabularies:
         (folder / "vocabulary").mkdir()
-        schema = dataclasses.replace(
-            schema,
-            sparse=tuple(
-                dataclasses.replace(feature, vocabulary=f"{feature.name}.arrow")
-                for feature in schema.sparse
-            ),
-        )
-        checksums = [
-            vocabulary.write(folder / "vocabulary" / feature.vocabulary)
-            for feature, vocabulary in zip(schema.sparse, vocabularies, strict=True)
-        ]
-    schema = schema.sealed(tuple(checksums))
+        features = []
+        for feature, vocabulary in zip(schema.sparse, vocabularies, strict=True):
+            name = f"{feature.name}.arrow"
+            checksum = vocabulary.write(folder / "vocabulary" / name)
+            features.append(
+                dataclasses.replace(feature, vocabulary=name, vocabulary_sha256=checksum)
+            )
+        schema = dataclasses.replace(schema, sparse=tuple(features))
+    schema = schema.sealed()
     write_schema(folder, schema)
     return schema
 

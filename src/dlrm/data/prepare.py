@@ -172,7 +172,7 @@ def _write(
             raw.schema,
             raw.vocabularies,
             overwrite=overwrite,
-            source=source,
+            sources=(source,),
             options=config,
             days=split.days,
         ) as writer,
@@ -208,15 +208,12 @@ def _require_same(dataset: Path, file: Path, config: PrepareConfig) -> Dataset:
     except UserError as error:
         raise UserError(f"{error} (--overwrite starts over.)") from error
     differences = []
-    source, now = found.manifest.source, _identify(file)
-    if (
-        source is None
-        or source.bytes != now.bytes
-        or (source.mtime_ns != now.mtime_ns and source.sha256 != sha256(file))
-    ):
-        made_from = "made-up rows" if source is None else f"{source.name} ({source.bytes} bytes)"
+    now = _identify(file)
+    if not any(_is_same(source, now, file) for source in found.manifest.sources):
+        names = [f"{source.name} ({source.bytes} bytes)" for source in found.manifest.sources]
         differences.append(
-            f"it was made from {made_from}, and {file} ({now.bytes} bytes) has other content"
+            f"it was made from {', '.join(names) or 'made-up rows'}, and {file} ({now.bytes} "
+            "bytes) has other content"
         )
     options = found.manifest.options or PrepareConfig()
     for field in dataclasses.fields(PrepareConfig):
@@ -230,6 +227,13 @@ def _require_same(dataset: Path, file: Path, config: PrepareConfig) -> Dataset:
             "over with --overwrite."
         )
     return found
+
+
+def _is_same(made_from: Source, now: Source, file: Path) -> bool:
+    """Tell whether a file is still what it was; its content is read only if its time changed."""
+    return made_from.bytes == now.bytes and (
+        made_from.mtime_ns == now.mtime_ns or made_from.sha256 == sha256(file)
+    )
 
 
 def _progress(description: str, total: int, items: Any = None, **options: Any) -> Any:

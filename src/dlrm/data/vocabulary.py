@@ -5,7 +5,6 @@ Ids are row numbers of an embedding table, in order of first appearance.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,21 +130,16 @@ class Encoder:
                 "because its rows were prepared by another program. Prepare and train from raw "
                 "rows to predict raw rows."
             )
-        paths = [folder / "vocabulary" / feature.vocabulary for feature in schema.sparse]
-        vocabularies = [Vocabulary.read(path) for path in paths]
-        # A run's schema can limit ids further than the schema that was sealed.
-        sparse = tuple(
-            dataclasses.replace(feature, num_embeddings=len(vocabulary), id_modulus=0)
-            for feature, vocabulary in zip(schema.sparse, vocabularies, strict=True)
-        )
-        checksums = tuple(sha256(path) for path in paths)
-        sealed = dataclasses.replace(schema, sparse=sparse).sealed(checksums)
-        if sealed.fingerprint != schema.fingerprint:
-            raise UserError(
-                f"{folder / 'vocabulary'} does not belong to {folder / 'schema.json'}: its "
-                f"fingerprint is {sealed.fingerprint}, expected {schema.fingerprint}. Prepare the "
-                "dataset or train the run again."
-            )
+        vocabularies = []
+        for feature in schema.sparse:
+            path = folder / "vocabulary" / feature.vocabulary
+            vocabularies.append(Vocabulary.read(path))
+            if (found := sha256(path)) != feature.vocabulary_sha256:
+                raise UserError(
+                    f"{path} does not belong to {folder / 'schema.json'}: its SHA-256 is {found}, "
+                    f"expected {feature.vocabulary_sha256}. Prepare the dataset or train the run "
+                    "again."
+                )
         return Encoder(vocabularies, [feature.value_modulus for feature in schema.sparse])
 
     def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
