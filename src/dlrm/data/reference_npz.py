@@ -8,7 +8,6 @@ ids are not in it.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from dlrm.data.criteo import DENSE_NAMES, SPARSE_NAMES
 from dlrm.data.dataset import Rows
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import environment_faults
 
 
@@ -40,7 +39,9 @@ def read(path: Path) -> tuple[Rows, tuple[int, ...]]:
         ):
             for name in ("y", "X_int", "X_cat", "counts"):
                 arrays[name] = archive[name]
-    except (ValueError, KeyError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (EnvironmentFaultError, MemoryError):
+        raise
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
         raise UserError(
             f"{path} is not the reference's prepared file, with arrays X_int, X_cat, y and "
             f"counts, or it is damaged: {error}. Prepare from train.txt instead."

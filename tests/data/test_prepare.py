@@ -1,0 +1,477 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dlrm.config import PrepareConfig
+from dlrm.data import criteo
+from dlrm.data import dataset as dataset_module
+from dlrm.data.dataset import Dataset, Rows, read_part
+from dlrm.data.prepare import prepare, raw_file
+from dlrm.data.splits import training_order
+from dlrm.data.vocabulary import Encoder, Vocabulary
+from dlrm.errors import EnvironmentFaultError, UserError
+from dlrm.schema import SPLITS, Split
+
+FIXTURE = Path(__file__).parent / "fixtures"
+IN_FILE_ORDER: tuple[Split, ...] = ("train", "test", "validation")
+
+
+def stored(dataset: Dataset, split: Split) -> Rows:
+    parts = dataset.manifest.splits[split].parts
+    runs = [run for part in parts for run in read_part(dataset.path, part, dataset.schema)]
+    return Rows.concatenate(runs)
+
+
+def in_file_order(dataset: Dataset) -> Rows:
+    return Rows.concatenate([stored(dataset, split) for split in IN_FILE_ORDER])
+
+
+def numbered(content: bytes, modulus: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids by first appearance, (rows, 26), and each feature's values in order of their ids."""
+    vocabularies: list[dict[int, int]] = [{} for _ in range(26)]
+    ids = []
+    for line in content.splitlines():
+        row = []
+        for feature, field in enumerate(line.split(b"\t")[14:]):
+            value = int(field or b"0", 16)
+            value = value % modulus if modulus else value
+            row.append(vocabularies[feature].setdefault(value, len(vocabularies[feature])))
+        ids.append(row)
+    return ids, [list(vocabulary) for vocabulary in vocabularies]
+
+
+@pytest.fixture
+def content(made_up_lines: Callable[..., bytes]) -> bytes:
+    return made_up_lines(100)
+
+
+@pytest.fixture
+def source(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "source" / "train.txt"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    return path
+
+
+NO_SHUFFLE = PrepareConfig(shuffle="none")
+
+
+@pytest.mark.parametrize("modulus", [0, 1000, 7])
+def test_every_value_is_stored_where_it_belongs(
+    source: Path, content: bytes, tmp_path: Path, modulus: int
+) -> None:
+    config = PrepareConfig(shuffle="none", max_ind_range=modulus)
+    dataset = prepare(source, tmp_path / "dataset", config)
+    rows = in_file_order(dataset)
+    ids, vocabularies = numbered(content, modulus)
+    fields = [line.split(b"\t") for line in content.splitlines()]
+    assert rows.labels.tolist() == [int(row[0]) for row in fields]
+    integers = [[max(0, int(field or b"0")) for field in row[1:14]] for row in fields]
+    assert rows.dense.tolist() == integers
+    assert rows.sparse.tolist() == ids
+
+    assert dataset.schema.num_embeddings == tuple(map(len, vocabularies))
+    assert {feature.value_modulus for feature in dataset.schema.sparse} == {modulus}
+    for feature, values in zip(dataset.schema.sparse, vocabularies, strict=True):
+        path = dataset.path / "vocabulary" / feature.vocabulary
+        vocabulary = Vocabulary.read(path)
+        assert vocabulary.encode(np.array(values, np.uint32)).tolist() == list(range(len(values)))
+        column = int(feature.name.removeprefix("cat_"))
+        counts = np.bincount([row[column] for row in ids])
+        assert vocabulary.counts.tolist() == counts[vocabulary.ids].tolist()
+
+
+def test_the_manifest(source: Path, content: bytes, tmp_path: Path) -> None:
+    config = PrepareConfig(shuffle="day", seed=5)
+    dataset = prepare(source, tmp_path / "dataset", config)
+    manifest = dataset.manifest
+    assert manifest.days == (15, 15, 14, 14, 14, 14, 14)
+    assert manifest.train_days == (15, 15, 14, 14, 14, 14)
+    assert [dataset.rows(split) for split in IN_FILE_ORDER] == [86, 7, 7]
+    assert manifest.options == config
+    assert manifest.rows_rejected == 0
+    (made_from,) = manifest.sources
+    assert made_from.name == "train.txt"
+    assert made_from.bytes == len(content)
+    assert made_from.sha256 == hashlib.sha256(content).hexdigest()
+    assert not made_from.lacks_last_newline
+    for split in SPLITS:
+        assert manifest.splits[split].clicks == stored(dataset, split).labels.sum()
+    text = (dataset.path / "manifest.json").read_text() + (dataset.path / "schema.json").read_text()
+    assert str(tmp_path) not in text
+    assert dataset.schema.source_format == "criteo-kaggle"
+    assert "7 days" in dataset.schema.split_rule
+
+
+@pytest.mark.parametrize("shuffle", ["none", "day", "total", "reference", "reference-day"])
+def test_only_training_rows_are_shuffled(
+    source: Path, tmp_path: Path, shuffle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "BLOCK_BYTES", 2000)  # several blocks and parts
+    monkeypatch.setattr(dataset_module, "PART_BYTES", 5000)
+    plain = prepare(source, tmp_path / "none", NO_SHUFFLE)
+    config = PrepareConfig(shuffle=shuffle)  # type: ignore[arg-type]
+    shuffled = prepare(source, tmp_path / "shuffled", config)
+    assert len(shuffled.manifest.splits["train"].parts) > 1
+    order = training_order(plain.manifest.train_days, config.shuffle, config.seed)
+    for split in SPLITS:
+        expected, got = stored(plain, split), stored(shuffled, split)
+        if split == "train":
+            expected = expected[order]
+        for field in dataclasses.fields(Rows):
+            assert (getattr(got, field.name) == getattr(expected, field.name)).all()
+    assert shuffled.schema == plain.schema
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_equal_options_give_equal_bytes(source: Path, tmp_path: Path) -> None:
+    first = tree(prepare(source, tmp_path / "a", PrepareConfig()).path)
+    assert tree(prepare(source, tmp_path / "b", PrepareConfig()).path) == first
+    # Nor do they depend on how the file was cut into blocks.
+    blocks = criteo.read_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            criteo,
+            "read_blocks",
+            lambda path, **options: blocks(path, block_bytes=777, **options),
+        )
+        assert tree(prepare(source, tmp_path / "c", PrepareConfig()).path) == first
+    other = tree(prepare(source, tmp_path / "d", PrepareConfig(seed=124)).path)
+    assert other["train/part-00000.arrow"] != first["train/part-00000.arrow"]
+    assert other["test/part-00000.arrow"] == first["test/part-00000.arrow"]
+    assert other["schema.json"] == first["schema.json"]
+
+
+def test_a_folder_means_its_train_txt(source: Path, tmp_path: Path) -> None:
+    assert raw_file(source.parent) == source
+    dataset = prepare(str(source.parent), str(tmp_path / "deep" / "dataset"))
+    assert dataset.path == tmp_path / "deep" / "dataset"
+
+
+def test_a_finished_dataset_is_returned_at_once(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "dataset"
+    prepare(source, path, PrepareConfig())
+    inode = (path / "manifest.json").stat().st_ino
+    with caplog.at_level(logging.INFO, "dlrm"):
+        again = prepare(source, path, PrepareConfig())
+    assert "is prepared already" in caplog.text
+    assert again.rows("train") == 86
+    # The same content at another time and under another name is the same source.
+    moved = source.with_name("moved.txt")
+    source.rename(moved)
+    os.utime(moved, ns=(1, 1))
+    prepare(moved, path, PrepareConfig())
+    assert (path / "manifest.json").stat().st_ino == inode
+    prepare(moved, path, PrepareConfig(), overwrite=True)
+    assert (path / "manifest.json").stat().st_ino != inode
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"seed": 7}, "it was made with --seed 123, and --seed 7 is asked for"),
+        ({"shuffle": "day"}, "made with --shuffle total, and --shuffle day is asked for"),
+        ({"max_ind_range": 9}, "made with --max-ind-range 0, and --max-ind-range 9 is asked for"),
+    ],
+)
+def test_a_dataset_of_other_options_is_refused(
+    source: Path, tmp_path: Path, options: dict[str, object], difference: str
+) -> None:
+    path = tmp_path / "dataset"
+    prepare(source, path, PrepareConfig())
+    before = tree(path)
+    config = PrepareConfig(**options)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as caught:
+        prepare(source, path, config)
+    message = str(caught.value)
+    assert message.startswith(f"{path} is another DATASET: ")
+    assert difference in message
+    assert message.endswith("or start over with --overwrite.")
+    assert tree(path) == before
+    assert prepare(source, path, config, overwrite=True).manifest.options == config
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dataset", "source"]
+
+
+def test_a_dataset_of_another_source_is_refused(
+    source: Path, tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "dataset"
+    prepare(source, path, PrepareConfig())
+    other = content[:-1] + (b"0" if content[-2:-1] != b"0" else b"1")
+    for changed in (content + content, other[: len(content)]):
+        source.write_bytes(changed)
+        os.utime(source, ns=(1, 1))
+        with pytest.raises(UserError, match=rf"made from train\.txt \({len(content)} bytes\), and"):
+            prepare(source, path, PrepareConfig())
+
+
+def test_a_damaged_or_newer_dataset_is_refused(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "dataset"
+    prepare(source, path, PrepareConfig())
+    (path / "train" / "part-00000.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is damaged: .*\(--overwrite starts over\.\)"):
+        prepare(source, path, PrepareConfig())
+    prepare(source, path, PrepareConfig(), overwrite=True)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": "2.0"}))
+    with pytest.raises(UserError, match=r"format version '2\.0'.*\(--overwrite starts over\.\)"):
+        prepare(source, path, PrepareConfig())
+    prepare(source, path, PrepareConfig(), overwrite=True)
+
+
+def test_another_folder_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    before = tree(source.parent)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is not empty and no DATASET"):
+            prepare(source, source.parent, PrepareConfig(), overwrite=overwrite)
+    assert tree(source.parent) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+def bad_inputs(content: bytes) -> dict[str, tuple[bytes, str]]:
+    lines = content.splitlines(keepends=True)
+
+    def with_line_51(change: Callable[[list[bytes]], list[bytes]]) -> bytes:
+        fields = change(lines[50].rstrip(b"\n").split(b"\t"))
+        return b"".join([*lines[:50], b"\t".join(fields) + b"\n", *lines[51:]])
+
+    def with_field(column: int, field: bytes) -> bytes:
+        return with_line_51(lambda fields: [*fields[: column - 1], field, *fields[column:]])
+
+    return {
+        "empty": (b"", "is empty"),
+        "blank line": (b"".join([*lines[:50], b"\n", *lines[50:]]), "line 51, column 1"),
+        "short row": (with_line_51(lambda fields: fields[:-1]), "line 51, column 40"),
+        "long row": (with_line_51(lambda fields: [*fields, b""]), "line 51, column 41"),
+        "non-hex id": (with_field(15, b"0000000g"), r"line 51, column 15 \(cat_0\)"),
+        "short id": (with_field(40, b"0000000"), r"line 51, column 40 \(cat_25\)"),
+        "non-integer": (with_field(2, b"1.0"), r"line 51, column 2 \(int_0\)"),
+        "beyond 64 bits": (with_field(14, b"9" * 20), r"line 51, column 14 \(int_12\)"),
+        "label": (with_field(1, b"2"), r"line 51, column 1 \(label\)"),
+        "no label": (with_field(1, b""), r"line 51, column 1 \(label\)"),
+        "test.txt": (b"".join(line[2:] for line in lines), "line 1, column 40"),
+        "quote": (with_field(15, b'"000000"'), r"line 51, column 15 \(cat_0\)"),
+        "NUL bytes": (with_field(3, b"\0"), r"line 51, column 3 \(int_1\)"),
+        "too few rows": (b"".join(lines[:13]), "13 rows; expected at least 14"),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_inputs(b"\n" * 60))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_bad_input_leaves_nothing(
+    source: Path, tmp_path: Path, content: bytes, kind: str, overwrite: bool
+) -> None:
+    path = tmp_path / "dataset"
+    if overwrite:
+        prepare(source, path, PrepareConfig())
+    before = tree(tmp_path)
+    changed, message = bad_inputs(content)[kind]
+    bad = source.with_name("bad.txt")
+    bad.write_bytes(changed)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(bad, path, PrepareConfig(seed=9), overwrite=overwrite)
+    assert str(bad) in str(caught.value)
+    bad.unlink()
+    assert tree(tmp_path) == before
+    assert path.exists() is overwrite
+
+
+def test_sources_that_are_not_there(tmp_path: Path) -> None:
+    for name in ("days", "days.gz", "nothing"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "days" / "day_0").touch()
+    (tmp_path / "days.gz" / "day_0.gz").touch()
+    before = sorted(tmp_path.iterdir())
+    for name, message in [
+        ("absent.txt", "does not exist"),
+        ("nothing", r"is a folder without train\.txt"),
+        ("days", "holds day_0, the 1TB click logs"),
+        ("days.gz", "holds day_0, the 1TB click logs"),
+        ("absent.npz", "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path / name, tmp_path / "dataset", PrepareConfig())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_line_ends(source: Path, tmp_path: Path, content: bytes) -> None:
+    expected = prepare(source, tmp_path / "dataset", PrepareConfig())
+    source.write_bytes(content.replace(b"\n", b"\r\n"))
+    windows = prepare(source, tmp_path / "windows", PrepareConfig())
+    source.write_bytes(content[:-1])
+    cut = prepare(source, tmp_path / "cut", PrepareConfig())
+    assert cut.manifest.sources[0].lacks_last_newline
+    for dataset in (windows, cut):
+        assert dataset.manifest.splits == expected.manifest.splits
+        assert dataset.schema == expected.schema
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = criteo.read_blocks
+
+    def growing(path: Path, **options: object) -> object:
+        yield from blocks(path, **options)  # type: ignore[arg-type]
+        with open(path, "ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr(criteo, "read_blocks", growing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(source, tmp_path / "dataset", PrepareConfig())
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_full_or_read_only_target(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code), "here")
+
+    for function in ("fsync", "replace", "mkdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, refused)
+            target = tmp_path / "dataset"
+            with pytest.raises(EnvironmentFaultError, match=os.strerror(code)):
+                prepare(source, target, PrepareConfig())
+        assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+def write_npz(path: Path, content: bytes, **changes: npt.NDArray[np.generic]) -> None:
+    ids, vocabularies = numbered(content)
+    fields = [line.split(b"\t") for line in content.splitlines()]
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "X_cat": np.array(ids, np.float64),
+        "X_int": np.array([[max(0, int(x or b"0")) for x in row[1:14]] for row in fields], "i4"),
+        "y": np.array([int(row[0]) for row in fields], np.int32),
+        "counts": np.array(list(map(len, vocabularies)), np.int32),
+    }
+    np.savez_compressed(path, **(arrays | changes))  # type: ignore[arg-type]
+
+
+def test_the_references_prepared_file_gives_the_same_rows(
+    source: Path, tmp_path: Path, content: bytes
+) -> None:
+    npz = tmp_path / "kaggleAdDisplayChallenge_processed.npz"
+    write_npz(npz, content)
+    expected = prepare(source, tmp_path / "text", PrepareConfig(shuffle="reference"))
+    dataset = prepare(npz, tmp_path / "npz", PrepareConfig(shuffle="reference"))
+    assert dataset.manifest.splits == expected.manifest.splits
+    assert dataset.schema.num_embeddings == expected.schema.num_embeddings
+    assert {feature.vocabulary for feature in dataset.schema.sparse} == {""}
+    assert not (dataset.path / "vocabulary").exists()
+    prepare(npz, tmp_path / "npz", PrepareConfig(shuffle="reference"))
+    with pytest.raises(UserError, match=r"--max-ind-range 5 limits raw values, which .*\.npz does"):
+        prepare(npz, tmp_path / "limited", PrepareConfig(max_ind_range=5))
+
+
+def test_a_damaged_prepared_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    npz = tmp_path / "processed.npz"
+    write_npz(npz, content)
+    whole = npz.read_bytes()
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            prepare(npz, tmp_path / "dataset", PrepareConfig())
+        assert [entry.name for entry in tmp_path.iterdir()] == ["processed.npz"]
+
+    for length in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        npz.write_bytes(whole[:length])
+        refused("is not the reference's prepared file")
+    for position in range(0, len(whole), 211):
+        npz.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        try:
+            prepare(npz, tmp_path / "dataset", PrepareConfig())
+        except UserError:
+            continue
+        shutil.rmtree(tmp_path / "dataset")  # a byte that nothing depends on
+    np.savez(npz, y=np.zeros(5))
+    refused("is not the reference's prepared file")
+    np.save(npz.with_suffix(".npy"), np.zeros(5))
+    npz.with_suffix(".npy").rename(npz)
+    refused("is not the reference's prepared file")
+    for changes, message in [
+        ({"y": np.full(100, 2)}, r"array y, at \(0,\): expected .* at least 0 and below 2, got 2"),
+        ({"y": np.zeros(99)}, r"array X_int: expected the shape \(99, 13\), got \(100, 13\)"),
+        ({"y": np.array(["a"] * 100)}, "array y: expected numbers, got <U1"),
+        ({"X_cat": np.full((100, 26), 0.5)}, r"array X_cat, at \(0, 0\): .* got 0\.5"),
+        ({"X_cat": np.full((100, 26), np.nan)}, r"array X_cat, at \(0, 0\): .* got nan"),
+        ({"X_cat": np.full((100, 26), 999)}, r"array X_cat, at \(0, 0\): .* got 999"),
+        ({"counts": np.zeros(26)}, r"array counts, at \(0,\): .* at least 1"),
+        ({"y": np.array([object()] * 100)}, "is not the reference's prepared file"),
+    ]:
+        write_npz(npz, content, **changes)  # type: ignore[arg-type]
+        refused(message)
+
+
+def test_golden_rows_are_the_references(shared_data: Path, tmp_path: Path) -> None:
+    golden = shared_data / "golden"
+    dataset = prepare(golden / "train.txt", tmp_path / "text", NO_SHUFFLE)
+    with np.load(golden / "kaggleAdDisplayChallenge_processed.npz") as archive:
+        arrays = dict(archive)
+    rows = in_file_order(dataset)
+    assert (rows.labels == arrays["y"]).all()
+    assert (rows.dense == arrays["X_int"]).all()
+    assert (rows.sparse == arrays["X_cat"]).all()
+    assert dataset.schema.num_embeddings == tuple(arrays["counts"].tolist())
+
+    npz = golden / "kaggleAdDisplayChallenge_processed.npz"
+    from_npz = prepare(npz, tmp_path / "npz", NO_SHUFFLE)
+    assert from_npz.manifest.splits == dataset.manifest.splits
+
+    shuffled = prepare(
+        golden / "train.txt", tmp_path / "reference", PrepareConfig(shuffle="reference")
+    )
+    order = np.random.RandomState(123).permutation(12006)
+    assert (stored(shuffled, "train").sparse == arrays["X_cat"][order]).all()
+
+
+def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "criteo" / "kaggle"
+    dataset = prepare(source, tmp_path / "dataset", NO_SHUFFLE)
+    content = (source / "train.txt").read_bytes()
+    ids, vocabularies = numbered(content)
+    rows = in_file_order(dataset)
+    assert len(rows) == 10001
+    assert rows.sparse.tolist() == ids
+    assert dataset.schema.num_embeddings == tuple(map(len, vocabularies))
+
+
+def test_a_dataset_of_version_1_is_read() -> None:
+    """Made by the first version, from the made-up train.txt beside it; it must stay readable."""
+    dataset = Dataset.open(FIXTURE / "dataset-1.0")
+    content = (FIXTURE / "train.txt").read_bytes()
+    ids, vocabularies = numbered(content)
+    rows = in_file_order(dataset)
+    assert rows.labels.tolist() == [int(line[:1]) for line in content.splitlines()]
+    assert rows.sparse.tolist() == ids
+    assert dataset.schema.num_embeddings == tuple(map(len, vocabularies))
+    assert dataset.manifest.options == NO_SHUFFLE
+    assert dataset.manifest.sources[0].sha256 == hashlib.sha256(content).hexdigest()
+    values = np.array([[values[-1] for values in vocabularies], [12345] * 26], np.uint32)
+    encoded = Encoder.open(dataset.path, dataset.schema).encode(values)
+    assert encoded.tolist() == [[len(values) - 1 for values in vocabularies], [-1] * 26]
+    (batch,) = dataset.batches("test", 100)
+    assert len(batch) == 3
