@@ -14,7 +14,7 @@ export PATH=$PWD/.venv/bin:$PATH
 failed=()
 check() { # COMMAND…
   echo "== $*"
-  "$@" || failed+=("$1${2:+ $2}")
+  "$@" || failed+=("$*")
 }
 
 check ruff format --check
@@ -23,7 +23,7 @@ check mypy
 check lint-imports
 check codespell
 # Last, so that its summary closes the output.
-check python -m pytest "$@"
+check pytest "$@"
 
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}" >&2
