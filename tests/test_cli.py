@@ -117,7 +117,7 @@ def test_every_command_has_help(verb: str) -> None:
 
 
 def test_wrong_commands_and_options_end_with_2(tmp_path: Path) -> None:
-    assert "no command 'trainn'" in error_of(run_dlrm("trian"), 2)
+    assert "no command 'trainn'" in error_of(run_dlrm("trainn"), 2)
     assert run_dlrm("train", tmp_path, "--run", "r", "--epochs", "x").returncode == 2
     assert run_dlrm("train", tmp_path, "--run", "r", "--epohcs", "1").returncode == 2
     assert "is not a run: config.toml" in error_of(run_dlrm("evaluate", tmp_path), 2)
