@@ -1,6 +1,6 @@
 """Raw rows to a DATASET: read, fit vocabularies, split, order, write.
 
-Rows are held in memory meanwhile: about 160 bytes each, and 260 while vocabularies are fitted.
+Rows are held in memory meanwhile: up to about 400 bytes each, while vocabularies are fitted.
 """
 
 from __future__ import annotations
@@ -113,6 +113,9 @@ class _RawRows:
 def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
     digest = hashlib.sha256()
     last = b""
+    label_blocks: list[npt.NDArray[np.uint8]] = []
+    dense_blocks: list[npt.NDArray[np.int32]] = []
+    sparse_blocks: list[npt.NDArray[np.uint32]] = []
 
     with _progress("read", file.stat().st_size, unit="B", unit_scale=True) as progress:
 
@@ -122,14 +125,18 @@ def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
             progress.update(len(chunk))
             last = chunk[-1:]
 
-        blocks = list(criteo.read_blocks(file, labelled=True, observe=observe))
-    split_rows(sum(map(len, blocks)), str(file))  # too few rows are refused before the work
-    labels = np.concatenate([_labels(block) for block in blocks])
-    dense = np.concatenate([block.dense for block in blocks])
+        for block in criteo.read_blocks(file, labelled=True, observe=observe):
+            assert block.labels is not None  # it was read as labelled
+            label_blocks.append(block.labels)
+            dense_blocks.append(block.dense)
+            sparse_blocks.append(block.sparse)
+    split_rows(sum(map(len, label_blocks)), str(file))  # refuse too few before the work
+    labels, dense = np.concatenate(label_blocks), np.concatenate(dense_blocks)
+    dense_blocks.clear()  # its memory is what fitting needs
     sparse = np.empty((len(labels), len(criteo.SPARSE_NAMES)), np.int32)
 
     def fit(feature: int) -> Vocabulary:
-        values = [block.sparse[:, feature] for block in blocks]
+        values = [block[:, feature] for block in sparse_blocks]
         fitted, sparse[:, feature] = vocabulary.fit(values, value_modulus=config.max_ind_range)
         return fitted
 
@@ -141,11 +148,6 @@ def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
     schema = criteo.schema(tuple(map(len, vocabularies)), RULE, value_modulus=config.max_ind_range)
     rows = Rows(labels, dense, sparse)
     return _RawRows(rows, schema, vocabularies, digest.hexdigest(), last != b"\n")
-
-
-def _labels(block: criteo.RawBlock) -> npt.NDArray[np.uint8]:
-    assert block.labels is not None  # it was read as labelled
-    return block.labels
 
 
 def _read_npz(file: Path, config: PrepareConfig) -> _RawRows:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dlrm.data.batch import make_batch
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+
+SCHEMA = FeatureSchema(
+    label="label",
+    dense=(DenseFeature("a"), DenseFeature("b")),
+    sparse=(SparseFeature("s", 10), SparseFeature("t", 3)),
+    source_format="",
+    split_rule="",
+)
+DENSE = np.array([[0, 1], [2, 2147483647], [99, 5]], np.int32)
+LABELS = np.array([0, 1, 1], np.uint8)
+
+
+def test_a_batch_by_hand() -> None:
+    ids = np.array([[9, 2], [0, 0], [4, 1]], np.int32)
+    batch = make_batch(SCHEMA, DENSE, ids, LABELS)
+    expected = [[math.log(value + 1) for value in row] for row in DENSE.tolist()]
+    torch.testing.assert_close(batch.dense_features, torch.tensor(expected))
+    assert batch.sparse_features.dtype == torch.int64
+    assert batch.sparse_features.tolist() == ids.tolist()
+    assert batch.offsets is None
+    assert batch.labels is not None
+    assert batch.labels.dtype == torch.float32
+    assert batch.labels.tolist() == [0, 1, 1]
+    assert (len(batch), batch.unknown_ids) == (3, 0)
+    assert ids.tolist() == [[9, 2], [0, 0], [4, 1]]  # the arrays given are not changed
+    assert DENSE[0].tolist() == [0, 1]
+
+
+def test_unknown_ids_are_empty_bags_before_and_after_a_limit() -> None:
+    ids = np.array([[9, -1], [-1, -1], [4, 1]], np.int32)
+    limited = SCHEMA.with_max_ind_range(4)
+    assert limited.num_embeddings == (4, 3)
+    for schema, expected in ((SCHEMA, [9, 4, 1]), (limited, [1, 0, 1])):
+        batch = make_batch(schema, DENSE, ids, None)
+        assert batch.sparse_features.tolist() == expected
+        assert batch.offsets is not None
+        assert batch.offsets.tolist() == [0, 1, 1, 1, 1, 2, 3]
+        assert batch.labels is None
+        assert batch.unknown_ids == 3
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_rows_of_a_batch_are_the_batch_of_those_rows(unknown: bool) -> None:
+    ids = np.array([[9, 2], [-1 if unknown else 3, 0], [4, 1]], np.int32)
+    whole = make_batch(SCHEMA, DENSE, ids, LABELS)
+    for start, stop in ((0, 2), (1, 2), (1, 3), (0, 3), (2, 9)):
+        some = whole.rows(start, stop)
+        kept = slice(start, stop)
+        expected = make_batch(SCHEMA, DENSE[kept], ids[kept], LABELS[kept])
+        assert len(some) == len(expected)
+        assert torch.equal(some.dense_features, expected.dense_features)
+        assert some.sparse_features.reshape(-1).equal(expected.sparse_features.reshape(-1))
+        assert some.unknown_ids == expected.unknown_ids
+        assert (some.offsets is None) is not unknown
+        if expected.offsets is not None:
+            assert some.offsets is not None
+            assert some.offsets.tolist() == expected.offsets.tolist()
+
+
+def test_no_rows() -> None:
+    batch = make_batch(SCHEMA, DENSE[:0], np.zeros((0, 2), np.int32), LABELS[:0])
+    assert len(batch) == 0
+    assert batch.sparse_features.shape == (0, 2)
