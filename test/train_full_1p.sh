@@ -65,6 +65,8 @@ if [[ -f $data_path/test.txt ]]; then
   dlrm predict "$run" "$data_path/test.txt" "$run/submission.csv" --checkpoint newest >/dev/null
   echo "predictions of test.txt: $run/submission.csv"
 fi
+# With --inference-only nothing was trained, and there is no result for a table.
+[[ -f $run/result.json ]] || exit 0
 echo
 "$root/.venv/bin/python" -c '
 import sys

@@ -49,7 +49,7 @@ class SynthesizeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
-        require(self.rows >= 7, f"--rows must be at least 7, one for each day; got {self.rows}")
+        require(self.rows >= 14, f"--rows must be at least 14, two a day; got {self.rows}")
         require(self.test_rows >= 0, f"--test-rows must not be negative; got {self.test_rows}")
         require(0 < self.scale <= 1, f"--scale must be above 0 and at most 1; got {self.scale}")
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
