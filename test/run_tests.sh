@@ -10,6 +10,9 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash test/setup.sh --dev || exit
 export PATH=$PWD/.venv/bin:$PATH
+# Threads that wait for each other let others compute. By default they spin, which makes small
+# trainings many times slower where something else is running.
+export OMP_WAIT_POLICY=passive
 
 failed=()
 check() { # COMMAND…
