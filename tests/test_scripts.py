@@ -36,7 +36,10 @@ case "$1 ${2-}" in
   "-m dlrm")
     printf '%s\n' dlrm "${@:3}" . >>"$CALLS"
     for argument; do
-      case $argument in --run=*) mkdir -p "${argument#--run=}" ;; esac
+      case $argument in
+        --run=*) run=${argument#--run=} && mkdir -p "$run" && touch "$run/result.json" ;;
+        --inference-only) rm "$run/result.json" ;;
+      esac
     done ;;
   -c*) [[ -z $2 ]] || { shift 2; echo "table" "$@"; } ;;
 esac
@@ -257,6 +260,12 @@ def test_training_without_test_rows(copy: Copy, criteo: Path) -> None:
     (criteo / "test.txt").unlink()
     copy.run("train_full_1p.sh", f"--data_path={criteo}")
     assert [call[0] for call in dlrm_calls(copy)] == ["reference"]
+
+
+def test_testing_a_model_alone_has_no_row_of_the_table(copy: Copy, criteo: Path) -> None:
+    output, _ = copy.run("train_full_1p.sh", f"--data_path={criteo}", "--inference-only")
+    assert [call[0] for call in dlrm_calls(copy)] == ["reference", "predict"]
+    assert "table" not in output
 
 
 def test_training_without_data_makes_some(copy: Copy) -> None:

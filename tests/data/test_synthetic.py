@@ -286,11 +286,11 @@ def test_equal_seeds_give_equal_files_whatever_the_threads(tmp_path, monkeypatch
 
 
 def test_the_fewest_rows(tmp_path):
-    truth = synthesize(tmp_path, SynthesizeConfig(rows=7, test_rows=1, scale=1e-9))
-    assert (truth.train.samples, truth.validation.samples, truth.test.samples) == (6, 0, 1)
-    assert truth.validation.auc is truth.validation.log_loss is None
+    truth = synthesize(tmp_path, SynthesizeConfig(rows=14, test_rows=1, scale=1e-9))
+    assert (truth.train.samples, truth.validation.samples, truth.test.samples) == (12, 1, 1)
+    assert truth.validation.auc is truth.validation.normalized_entropy is None
     # Read from the file this time.
-    assert synthesize(tmp_path, SynthesizeConfig(rows=7, test_rows=1, scale=1e-9)) == truth
+    assert synthesize(tmp_path, SynthesizeConfig(rows=14, test_rows=1, scale=1e-9)) == truth
 
 
 SMALL = SynthesizeConfig(rows=50, test_rows=5)
