@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import re
 import threading
 from pathlib import Path
@@ -227,7 +228,6 @@ def with_field(column: int, field: bytes) -> bytes:
         (with_field(5, b"\0"), "column 5 (int_3)", "an integer or nothing", "'\\x00'"),
         (with_field(21, b"\0" * 8), "column 21 (cat_6)", "8 hexadecimal", "'\\x00\\x00"),
         (with_field(21, b"\xff" * 8), "column 21 (cat_6)", "8 hexadecimal", "'\\xff\\xff"),
-        (ROW.replace(b"\t", b","), "column 2 (int_0)", "40 tab-separated fields", "1: '0,1,"),
     ],
 )
 @pytest.mark.parametrize("rows_before", [1, 3])
@@ -237,7 +237,9 @@ def test_a_malformed_line_is_named(
     scratch.write_bytes(b"\n".join([*[ROW] * rows_before, line, ROW, b"also bad", b""]))
     with pytest.raises(UserError) as caught:
         list(read_blocks(scratch, block_bytes=100))
-    message = str(caught.value)
+    message = str(caught.value).replace(
+        " (the first row has 40 fields, so rows are read as labelled)", ""
+    )
     assert message.startswith(f"{scratch}, line {rows_before + 1}, {place}: expected {expected}")
     assert f", got {got}" in message
     assert message.endswith("Mend or remove that line, or get the file again.")
@@ -255,6 +257,83 @@ def test_an_unlabelled_row_among_labelled_ones_is_named(scratch: Path) -> None:
     scratch.write_bytes(ROW + b"\n" + ROW[2:] + b"\n")
     with pytest.raises(UserError, match=r"line 2, column 40 .*: expected 40 .* got 39"):
         list(read_blocks(scratch))
+
+
+HEADER = b"\t".join(
+    [
+        b"label",
+        *(b"int_%d" % index for index in range(13)),
+        *(b"cat_%d" % index for index in range(26)),
+    ]
+)
+SHOWN = repr(ROW)[1:41] + "…"
+SHOWN_UNLABELLED = repr(ROW[2:])[1:41] + "…"
+TABS = "put tabs in their place."
+
+
+@pytest.mark.parametrize(
+    ("content", "labelled", "message"),
+    [
+        # A test.txt where rows with labels are needed.
+        (
+            ROW[2:],
+            True,
+            "line 1, column 40 (cat_25): expected 40 tab-separated fields, got 39: "
+            f"{SHOWN_UNLABELLED}. It has no label, as in Criteo's test.txt, which cannot be "
+            "trained on: name train.txt.",
+        ),
+        # Other separators, in the first line and in a later one.
+        (ROW.replace(b"\t", b","), True, f"separated by commas: {TABS}"),
+        (ROW.replace(b"\t", b","), None, f"separated by commas: {TABS}"),
+        (ROW.replace(b"\t", b" "), None, f"separated by spaces: {TABS}"),
+        (ROW[2:].replace(b"\t", b";"), None, f"separated by semicolons: {TABS}"),
+        (ROW + b"\n" + ROW.replace(b"\t", b","), None, f"separated by commas: {TABS}"),
+        # Headers, of all columns, without the label, and of more columns.
+        (HEADER, True, "got 'label'. It looks like a header: remove it, every line must be a row."),
+        (
+            HEADER[6:],
+            None,
+            "unlabelled). It looks like a header: remove it, every line must be a row.",
+        ),
+        (b"Id\t" + HEADER, None, "It looks like a header: remove it, every line must be a row."),
+        # Compressed files.
+        (
+            gzip.compress(ROW),
+            None,
+            "line 1, column 1: expected tab-separated text, got a file compressed with gzip. "
+            "Unpack it first: this version reads plain text.",
+        ),
+        (
+            b"PK\x03\x04",
+            True,
+            "compressed with zip. Unpack it first: this version reads plain text.",
+        ),
+        # A labelled row that lost its last field is taken for an unlabelled one.
+        (
+            ROW[:-9],
+            None,
+            "line 1, column 14 (cat_0): expected 8 hexadecimal digits or nothing, got '1' (the "
+            "first row has 39 fields, so rows are read as unlabelled). Mend or remove that line, or get "
+            "the file again.",
+        ),
+        # One that lost an integer could be unlabelled, until another row follows.
+        (
+            ROW[2:] + b"\n" + ROW,
+            None,
+            "line 2, column 40 (beyond the last): expected 39 tab-separated fields, got 40: "
+            f"{SHOWN} (the first row has 39 fields, so rows are read as unlabelled). Mend or "
+            "remove that line, or get the file again.",
+        ),
+    ],
+)
+def test_what_to_do_is_said(
+    scratch: Path, content: bytes, labelled: bool | None, message: str
+) -> None:
+    scratch.write_bytes(content + b"\n")
+    with pytest.raises(UserError) as caught:
+        list(read_blocks(scratch, labelled=labelled))
+    assert str(caught.value).startswith(f"{scratch}, line ")
+    assert str(caught.value).endswith(message)
 
 
 def test_an_endless_line_is_refused_without_being_read_whole(scratch: Path) -> None:

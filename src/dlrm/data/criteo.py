@@ -44,6 +44,9 @@ MAX_LINE_BYTES = 64 << 10
 _ALPHABET = b"0123456789abcdefABCDEF-\t\n"
 _INTEGER = re.compile(rb"-?[0-9]+")
 _ID = re.compile(rb"[0-9a-fA-F]{8}")
+_NAME = re.compile(rb"[\"']?[A-Za-z_]\w*[\"']?")
+_OTHER_SEPARATORS = {b",": "commas", b";": "semicolons", b" ": "spaces"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip"}
 _NEWLINE = ord("\n")
 _BYTE_ONES = np.uint64(0x0101010101010101)
 
@@ -123,6 +126,13 @@ def read_blocks(
         first = next(lines, b"")
         if not first:
             raise UserError(f"{path} is empty. Check that it was downloaded or unpacked whole.")
+        for magic, packer in _COMPRESSED.items():
+            if first.startswith(magic):
+                raise UserError(
+                    f"{path}, line 1, column 1: expected tab-separated text, got a file compressed "
+                    f"with {packer}. Unpack it first: this version reads plain text."
+                )
+        inferred = labelled is None
         if labelled is None:
             labelled = _has_label(path, first)
         width = len(DENSE_NAMES) + len(SPARSE_NAMES) + int(labelled)
@@ -137,7 +147,7 @@ def read_blocks(
                 try:
                     labels, dense, sparse = parsing.popleft().result()
                 except _BadFieldError as bad:
-                    raise UserError(bad.message(path, first_row, labelled)) from None
+                    raise UserError(bad.message(path, first_row, labelled, inferred)) from None
                 yield RawBlock(first_row, labels, dense, sparse)
                 first_row += len(dense)
 
@@ -184,12 +194,31 @@ def _has_label(path: Path, block: bytes) -> bool:
         raise UserError(
             f"{path}, line 1: expected {features + 1} tab-separated fields (a label, "
             f"{len(DENSE_NAMES)} integers, {len(SPARSE_NAMES)} ids) or {features} (no label), got "
-            f"{fields}: {_shown(line)}. {_REMEDY}"
+            f"{fields}: {_shown(line)}. {_remedy(line, 0, labelled=False)}"
         )
     return fields == features + 1
 
 
-_REMEDY = "Mend or remove that line, or get the file again."
+def _remedy(line: bytes, row: int, *, labelled: bool) -> str:
+    """Return what to do about a malformed line.
+
+    Args:
+        line: All of it.
+        row: Its number in the file, from 0.
+        labelled: Whether rows must have a label.
+    """
+    features = len(DENSE_NAMES) + len(SPARSE_NAMES)
+    for separator, name in _OTHER_SEPARATORS.items():
+        if b"\t" not in line and line.count(separator) + 1 in (features, features + 1):
+            return f"Its fields are separated by {name}: put tabs in their place."
+    if row == 0 and _NAME.fullmatch(line.split(b"\t")[0]):
+        return "It looks like a header: remove it, every line must be a row."
+    if row == 0 and labelled and line.count(b"\t") + 1 == features:
+        return (
+            "It has no label, as in Criteo's test.txt, which cannot be trained on: name train.txt."
+        )
+    return "Mend or remove that line, or get the file again."
+
 
 _Columns = tuple[npt.NDArray[np.uint8] | None, Int32Array, UInt32Array]
 
@@ -287,7 +316,7 @@ def _parse_lines(block: bytes, width: int) -> _Columns:
         try:
             label, integers, ids = _parse_line(line, width)
         except _BadFieldError as bad:
-            bad.row = row
+            bad.row, bad.line = row, line
             raise
         labels.append(label)
         dense.append(integers)
@@ -301,21 +330,33 @@ def _parse_lines(block: bytes, width: int) -> _Columns:
 
 
 class _BadFieldError(Exception):
-    """A field that is not as it should be; ``row`` counts within the block, ``column`` from 0."""
+    """A field that is not as it should be; ``row`` counts within the block, ``column`` from 0.
+
+    ``line`` is the row's text.
+    """
 
     def __init__(self, column: int, expected: str, got: str) -> None:
         super().__init__(expected)
         self.row = 0
+        self.line = b""
         self.column = column
         self.expected = expected
         self.got = got
 
-    def message(self, path: Path, first_row: int, labelled: bool) -> str:
+    def message(self, path: Path, first_row: int, labelled: bool, inferred: bool) -> str:
         names = ((LABEL,) if labelled else ()) + DENSE_NAMES + SPARSE_NAMES
         name = names[self.column] if self.column < len(names) else "beyond the last"
+        row = first_row + self.row
+        # What the first row is taken for matters if it, or a row unlike it, may have lost a field.
+        doubtful = row == 0 or self.line.count(b"\t") + 1 != len(names)
+        reason = (
+            f" (the first row has {len(names)} fields, so rows are read as "
+            f"{'labelled' if labelled else 'unlabelled'})"
+        )
         return (
-            f"{path}, line {first_row + self.row + 1}, column {self.column + 1} ({name}): expected "
-            f"{self.expected}, got {self.got}. {_REMEDY}"
+            f"{path}, line {row + 1}, column {self.column + 1} ({name}): expected "
+            f"{self.expected}, got {self.got}{reason if inferred and doubtful else ''}. "
+            f"{_remedy(self.line, row, labelled=labelled)}"
         )
 
 
