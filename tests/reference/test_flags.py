@@ -153,3 +153,4 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(flag.name in text for flag in FLAGS.values())
     assert "known but refused" in text
+    assert max(map(len, text.splitlines())) <= 80

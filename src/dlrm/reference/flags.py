@@ -99,6 +99,26 @@ def _choice(*values: str) -> Callable[[str], str]:
     return choose
 
 
+def _refused(
+    name: str,
+    default: Any,
+    why: str,
+    read: Callable[[str], Any] | None = None,
+    *,
+    default_is_inert: bool = True,
+) -> Flag:
+    """Describe a flag that is refused; without ``read``, its default tells how its value reads."""
+    if read is None and default is not False:
+        kind: type[Any] = type(default)
+        readers: Mapping[type[Any], Callable[[str], Any]] = {
+            tuple: _integers,
+            bool: _boolean,
+            type(None): str,
+        }
+        read = readers.get(kind, kind)
+    return Flag(name, default, why, read, refused=True, default_is_inert=default_is_inert)
+
+
 _MADE_UP = (
     "Only for data that the reference makes up. Make Criteo-shaped files with `dlrm synthesize` "
     "and train on them with --data-generation=dataset."
@@ -389,144 +409,126 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--run", "", "Ours: the RUN folder to make; by default runs/reference-NNN.", str),
     ),
     "known but refused": (
-        Flag(
+        _refused(
             "--arch-embedding-size",
             (4, 3, 2),
             "Table sizes of made-up data. Drop it: they follow from the data.",
-            _integers,
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--weighted-pooling",
             None,
             "Weighted pooling is not supported yet. Drop it: the vectors of a bag are summed, as "
             "'fixed' does.",
-            str,
-            refused=True,
         ),
-        Flag("--md-flag", False, _MD, refused=True),
-        Flag("--md-threshold", 200, _MD, int, refused=True),
-        Flag("--md-temperature", 0.3, _MD, float, refused=True),
-        Flag("--md-round-dims", False, _MD, refused=True),
-        Flag("--qr-flag", False, _QR, refused=True),
-        Flag("--qr-threshold", 200, _QR, int, refused=True),
-        Flag("--qr-operation", "mult", _QR, str, refused=True),
-        Flag("--qr-collisions", 4, _QR, int, refused=True),
-        Flag(
+        *(
+            _refused(f"--md-{name}", default, _MD)
+            for name, default in {
+                "flag": False,
+                "threshold": 200,
+                "temperature": 0.3,
+                "round-dims": False,
+            }.items()
+        ),
+        *(
+            _refused(f"--qr-{name}", default, _QR)
+            for name, default in {
+                "flag": False,
+                "threshold": 200,
+                "operation": "mult",
+                "collisions": 4,
+            }.items()
+        ),
+        _refused(
             "--activation-function",
             "relu",
             "The reference ignores it and always uses relu. Drop it.",
-            str,
-            refused=True,
         ),
-        Flag("--data-size", 1, _MADE_UP, int, refused=True),
-        Flag("--rand-data-dist", "uniform", _MADE_UP, str, refused=True),
-        Flag("--rand-data-min", 0.0, _MADE_UP, float, refused=True),
-        Flag("--rand-data-max", 1.0, _MADE_UP, float, refused=True),
-        Flag("--rand-data-mu", -1.0, _MADE_UP, float, refused=True),
-        Flag("--rand-data-sigma", 1.0, _MADE_UP, float, refused=True),
-        Flag("--num-indices-per-lookup", 10, _MADE_UP, int, refused=True),
-        Flag("--num-indices-per-lookup-fixed", False, _MADE_UP, _boolean, refused=True),
-        Flag("--data-trace-file", "./input/dist_emb_j.log", _MADE_UP, str, refused=True),
-        Flag("--data-trace-enable-padding", False, _MADE_UP, _boolean, refused=True),
-        Flag(
+        *(
+            _refused(f"--{name}", default, _MADE_UP)
+            for name, default in {
+                "data-size": 1,
+                "rand-data-dist": "uniform",
+                "rand-data-min": 0.0,
+                "rand-data-max": 1.0,
+                "rand-data-mu": -1.0,
+                "rand-data-sigma": 1.0,
+                "num-indices-per-lookup": 10,
+                "data-trace-file": "./input/dist_emb_j.log",
+            }.items()
+        ),
+        _refused("--num-indices-per-lookup-fixed", False, _MADE_UP, _boolean),
+        _refused("--data-trace-enable-padding", False, _MADE_UP, _boolean),
+        _refused(
             "--data-sub-sample-rate",
             0.0,
             "Dropping rows without a click is not supported yet. Drop it to train on all rows.",
-            float,
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--memory-map",
             False,
-            "Drop it: preparation and training never hold the data in memory.",
-            refused=True,
+            "Drop it: training reads blocks from disk in any case, and preparation holds all rows "
+            "in memory.",
         ),
-        Flag(
+        _refused(
             "--print-precision",
             5,
             "Digits of the tensors that --debug-mode prints, which is refused. Drop it.",
-            int,
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--sync-dense-params",
             True,
             "For several devices, which are not supported yet. Drop it.",
-            _boolean,
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--dist-backend",
             "",
             "Several processes are not supported yet. Drop it, and start one.",
-            str,
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--world_size",
             1,
             "Of the Ascend port. Several processes are not supported yet. Use 1, or drop it.",
-            int,
-            refused=True,
         ),
-        Flag(
-            "--quantize-mlp-with-bit",
-            32,
-            "Quantization is not supported yet. Use 32, or drop it.",
-            int,
-            refused=True,
+        *(
+            _refused(
+                f"--quantize-{what}-with-bit",
+                32,
+                "Quantization is not supported yet. Use 32, or drop it.",
+            )
+            for what in ("mlp", "emb")
         ),
-        Flag(
-            "--quantize-emb-with-bit",
-            32,
-            "Quantization is not supported yet. Use 32, or drop it.",
-            int,
-            refused=True,
-        ),
-        Flag(
+        _refused(
             "--save-onnx",
             False,
             "Export to ONNX is not supported yet. Drop it; --save-model keeps the weights.",
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--debug-mode",
             False,
             "Printing whole batches and weights is not supported. Read the checkpoints of the RUN "
             "instead: they are safetensors files.",
-            refused=True,
         ),
-        Flag(
+        _refused(
             "--enable-profiling",
             False,
             "Profiling is not supported yet. Drop it; --print-time prints the time of a step.",
-            refused=True,
         ),
-        Flag(
-            "--plot-compute-graph",
-            False,
-            "The reference stops with an error at it. Drop it.",
-            refused=True,
+        _refused(
+            "--plot-compute-graph", False, "The reference stops with an error at it. Drop it."
         ),
-        Flag(
+        _refused(
             "--tensor-board-filename",
             "run_kaggle_pt",
             "TensorBoard files are not written yet. Drop it; log.jsonl in the RUN holds the same "
             "numbers.",
-            str,
-            refused=True,
             default_is_inert=False,
         ),
-        Flag("--mlperf-bin-loader", False, _TERABYTE, refused=True),
-        Flag("--mlperf-bin-shuffle", False, _TERABYTE, refused=True),
-        Flag(
+        *(_refused(f"--mlperf-bin-{name}", False, _TERABYTE) for name in ("loader", "shuffle")),
+        _refused(
             "--mlperf-grad-accum-iter",
             1,
             "Gradient accumulation is not supported yet (the reference's discards gradients). Use "
             "a larger --mini-batch-size.",
-            int,
-            refused=True,
         ),
     ),
 }
@@ -591,23 +593,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 _DESCRIPTION = """\
-Take the command line of the reference implementation, dlrm_s_pytorch.py, as it is: print the dlrm
-commands that it means, run them, and log in the reference's format. Where a flag is absent the
-reference's default applies.
+Take the command line of the reference implementation, dlrm_s_pytorch.py, as it
+is: print the dlrm commands that it means, run them, and log in the reference's
+format. Where a flag is absent the reference's default applies.
 """
 
 _EPILOG = """\
 example:
-  dlrm reference --arch-sparse-feature-size=16 --arch-mlp-bot=13-512-256-64-16 \\
-      --arch-mlp-top=512-256-1 --data-generation=dataset --raw-data-file=data/train.txt \\
-      --loss-function=bce --learning-rate=0.1 --mini-batch-size=128 --print-freq=100 \\
-      --test-freq=1000 --test-mini-batch-size=16384 --print-time --mlperf-logging
+  dlrm reference --data-generation=dataset --raw-data-file=data/train.txt \\
+      --arch-sparse-feature-size=16 --arch-mlp-bot=13-512-256-64-16 \\
+      --arch-mlp-top=512-256-1 --loss-function=bce --learning-rate=0.1 \\
+      --mini-batch-size=128 --print-freq=100 --print-time --test-freq=1000 \\
+      --test-mini-batch-size=16384 --mlperf-logging
 """
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=100)
+        super().__init__(prog, max_help_position=28, width=80)
 
 
 def _parser() -> argparse.ArgumentParser:
