@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +19,9 @@ import pytest
 from dlrm.config import PrepareConfig
 from dlrm.data import criteo
 from dlrm.data import dataset as dataset_module
+from dlrm.data import prepare as prepare_module
 from dlrm.data.dataset import Dataset, Rows, read_part
-from dlrm.data.prepare import prepare, raw_file
+from dlrm.data.prepare import estimate_rows, prepare, raw_file, size_text
 from dlrm.data.splits import training_order
 from dlrm.data.vocabulary import Encoder, Vocabulary
 from dlrm.errors import EnvironmentFaultError, UserError
@@ -185,6 +188,89 @@ def test_a_finished_dataset_is_returned_at_once(
     assert (path / "manifest.json").stat().st_ino == inode
     prepare(moved, path, PrepareConfig(), overwrite=True)
     assert (path / "manifest.json").stat().st_ino != inode
+
+
+def test_a_finished_dataset_needs_neither_a_lock_nor_room(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dataset"
+    prepare(source, path, PrepareConfig())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(prepare_module, "locked", refused)
+    assert prepare(source, path, PrepareConfig()).rows("train") == 86
+
+
+def refused(*_: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_dataset_that_another_process_has_made_meanwhile_is_returned(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "dataset"
+    locked = prepare_module.locked
+
+    @contextmanager
+    def late(folder: Path, what: str) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "locked", locked)
+            prepare(source, path, PrepareConfig())
+        with locked(folder, what):
+            yield
+
+    monkeypatch.setattr(prepare_module, "locked", late)
+    with caplog.at_level(logging.INFO, "dlrm"):
+        assert prepare(source, path, PrepareConfig()).rows("train") == 86
+    assert "is prepared already" in caplog.text
+
+
+def test_the_seed_of_no_shuffle_makes_no_difference(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "dataset"
+    prepare(source, path, NO_SHUFFLE)
+    inode = (path / "manifest.json").stat().st_ino
+    prepare(source, path, PrepareConfig(shuffle="none", seed=7))
+    assert (path / "manifest.json").stat().st_ino == inode
+    with pytest.raises(UserError, match="--seed 7 is asked for"):
+        prepare(source, path, PrepareConfig(shuffle="day", seed=7))
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(
+    source: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 100 rows of a byte and 39 numbers of 4 bytes.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15_600))
+    monkeypatch.setattr(criteo, "read_blocks", refused)
+    path = tmp_path / "deep" / "er" / "dataset"
+    with pytest.raises(EnvironmentFaultError) as caught:
+        prepare(source, path, PrepareConfig())
+    assert str(caught.value) == (
+        f"{path} needs about 15.7 kB of disk, and 15.6 kB are free in {path.parent}. Free some "
+        "space, or choose another place."
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15_700))
+    assert prepare(source, path, PrepareConfig()).rows("train") == 86
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(157, "0.2 kB"), (2_340_000, "2.3 MB"), (1_000_000_000, "1.0 GB"), (7_196_986_869, "7.2 GB")],
+)
+def test_sizes_are_readable(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_of_a_prepared_file_the_rows_are_not_estimated(tmp_path: Path, content: bytes) -> None:
+    npz = tmp_path / "processed.npz"
+    write_npz(npz, content)
+    assert estimate_rows(npz) == 0
+    one_line = tmp_path / "one.txt"
+    one_line.write_bytes(content.splitlines()[0])
+    assert estimate_rows(one_line) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from dlrm.data.dataset import Dataset, Rows, Source, block_rows, new_dataset, re
 from dlrm.data.splits import RULE, split_rows, training_order
 from dlrm.data.vocabulary import Vocabulary
 from dlrm.device import available_cores
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import environment_faults, locked, sha256
 from dlrm.schema import FeatureSchema
 
@@ -32,6 +34,7 @@ logger = logging.getLogger("dlrm")
 
 
 _DEFAULTS = PrepareConfig()
+_HEAD_BYTES = 1 << 20
 
 
 def prepare(
@@ -58,15 +61,17 @@ def prepare(
     Raises:
         UserError: The source is missing or malformed, or ``dataset`` holds something else; nothing
             is written then.
-        EnvironmentFaultError: A disk fails, is full or read-only.
+        EnvironmentFaultError: A disk fails, is too small or read-only.
     """
     file, dataset = raw_file(Path(source)), Path(dataset)
-    with locked(dataset, "dataset"):
-        if not overwrite and (dataset / "manifest.json").exists():
-            found = _require_same(dataset, file, config)
-            logger.info("%s is prepared already from %s with these options", dataset, file)
+    # First without the lock, which a finished DATASET in a read-only place does not need.
+    if not overwrite and (found := _finished(dataset, file, config)):
+        return found
+    with _new_parents(dataset), locked(dataset, "dataset"):
+        if not overwrite and (found := _finished(dataset, file, config)):
             return found
         refuse_taken(dataset, overwrite=overwrite)
+        _require_space(dataset, estimate_bytes(estimate_rows(file)))
         before = _identify(file)
         raw = _read_npz(file, config) if file.suffix == ".npz" else _read_text(file, config)
         if _identify(file) != before:
@@ -97,6 +102,62 @@ def raw_file(source: Path) -> Path:
             "folder with the Kaggle challenge's train.txt."
         )
     raise UserError(f"{source} is a folder without train.txt. Name the file, or its folder.")
+
+
+def estimate_rows(file: Path) -> int:
+    """Return about how many rows a source has, from the length of the first ones of a text.
+
+    Of a .npz that the reference prepared, and of a pipe, nothing is known beforehand: 0.
+
+    Raises:
+        EnvironmentFaultError: It cannot be read.
+    """
+    if file.suffix == ".npz" or not file.is_file():
+        return 0
+    with environment_faults(f"read {file}"):
+        size = file.stat().st_size
+        with open(file, "rb") as text:
+            head = text.read(_HEAD_BYTES)
+    lines = head.count(b"\n")
+    return round(size * lines / (head.rfind(b"\n") + 1)) if lines else 1
+
+
+def estimate_bytes(rows: int) -> int:
+    """Return about how much disk the rows of a DATASET take."""
+    features = len(criteo.DENSE_NAMES) + len(criteo.SPARSE_NAMES)
+    return rows * (1 + 4 * features)
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for a reader: 15.7 kB, 3.1 MB, 7.2 GB."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if size >= length:
+            return f"{size / length:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def _require_space(dataset: Path, needed: int) -> None:
+    folder = dataset.absolute().parent
+    with environment_faults(f"write to {folder}"):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentFaultError(
+            f"{dataset} needs about {size_text(needed)} of disk, and {size_text(free)} are free in "
+            f"{folder}. Free some space, or choose another place."
+        )
+
+
+@contextmanager
+def _new_parents(dataset: Path) -> Iterator[None]:
+    """Remove the folders that were made for a DATASET to lie in, if it is not made after all."""
+    missing = [folder for folder in dataset.absolute().parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one is not empty: something else uses it
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +260,15 @@ def _identify(file: Path) -> Source:
     return Source(file.name, status.st_size, status.st_mtime_ns, sha256="")
 
 
-def _require_same(dataset: Path, file: Path, config: PrepareConfig) -> Dataset:
-    """Open a DATASET that must have been made from this file with these options.
+def _finished(dataset: Path, file: Path, config: PrepareConfig) -> Dataset | None:
+    """Open a DATASET, if there is one; it must be made from this file with these options.
 
     Raises:
-        UserError: It was not, or is damaged.
+        UserError: It was made otherwise, or is damaged.
     """
+    with environment_faults(f"read {dataset}"):
+        if not (dataset / "manifest.json").exists():
+            return None
     try:
         found = Dataset.open(dataset)
     except UserError as error:
@@ -220,7 +284,9 @@ def _require_same(dataset: Path, file: Path, config: PrepareConfig) -> Dataset:
     options = found.manifest.options or PrepareConfig()
     for field in dataclasses.fields(PrepareConfig):
         expected, got = getattr(config, field.name), getattr(options, field.name)
-        if expected != got:
+        # Without a shuffle its seed makes no difference.
+        idle = field.name == "seed" and config.shuffle == options.shuffle == "none"
+        if expected != got and not idle:
             flag = f"--{field.name.replace('_', '-')}"
             differences.append(f"it was made with {flag} {got}, and {flag} {expected} is asked for")
     if differences:
@@ -228,6 +294,7 @@ def _require_same(dataset: Path, file: Path, config: PrepareConfig) -> Dataset:
             f"{dataset} is another DATASET: {'; '.join(differences)}. Choose another one, or start "
             "over with --overwrite."
         )
+    logger.info("%s is prepared already from %s with these options", dataset, file)
     return found
 
 
