@@ -26,17 +26,16 @@ import numpy as np
 import torch
 
 from dlrm.config import TrainConfig
+from dlrm.data import criteo
 from dlrm.data.dataset import Dataset, Rows, block_rows, write_dataset
+from dlrm.data.synthetic import cardinalities
 from dlrm.device import open_device
 from dlrm.runs import Run, hardware, versions
-from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 from dlrm.training.trainer import Trainer
 
-# Cardinalities of the Criteo Kaggle data set, as published with the reference.
-KAGGLE = (
-    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992,
-    5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
-)  # fmt: skip
+CARDINALITIES = cardinalities(1.0)
+"""Kaggle's."""
+SCHEMA = criteo.schema(tuple(CARDINALITIES.tolist()), "none: made-up rows", value_modulus=0)
 LAYERS = [
     *[(13, 512), (512, 256), (256, 64), (64, 16)],
     *[(368, 512), (512, 256), (256, 1)],
@@ -45,25 +44,15 @@ STEPS = {128: 800, 2048: 60}
 """Steps of a measurement, by mini_batch_size: a few seconds each."""
 
 
-def schema() -> FeatureSchema:
-    return FeatureSchema(
-        label="label",
-        dense=tuple(DenseFeature(f"int_{index}") for index in range(13)),
-        sparse=tuple(SparseFeature(f"cat_{index}", rows) for index, rows in enumerate(KAGGLE)),
-        source_format="criteo-kaggle",
-        split_rule="none: made-up rows",
-    )
-
-
 def made_up_rows(rows: int, seed: int) -> Iterator[Rows]:
     """Rows with long-tailed ids: the smaller an id, the more frequent, as by first appearance."""
     generator = np.random.default_rng(seed)
-    step = block_rows(schema())
+    step = block_rows(SCHEMA)
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        uniform = generator.random((count, len(KAGGLE)))
+        uniform = generator.random((count, len(CARDINALITIES)))
         # Density falls as 1/id: log-uniform over a table's rows.
-        ids = np.floor(np.array(KAGGLE) ** uniform) - 1
+        ids = np.floor(CARDINALITIES**uniform) - 1
         dense = np.floor(generator.exponential(20, (count, 13)))
         labels = generator.random(count) < 0.256
         yield Rows(labels.astype(np.uint8), dense.astype(np.int32), ids.astype(np.int32))
@@ -96,7 +85,7 @@ def main() -> None:
         rows = max(batch * steps for batch, steps in STEPS.items()) * (arguments.pairs + 1)
         data = write_dataset(
             Path(scratch) / "dataset",
-            schema(),
+            SCHEMA,
             {"train": made_up_rows(rows, 1), "validation": [], "test": []},
         )
         for batch, steps in STEPS.items():

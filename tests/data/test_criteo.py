@@ -313,8 +313,8 @@ TABS = "put tabs in their place."
             ROW[:-9],
             None,
             "line 1, column 14 (cat_0): expected 8 hexadecimal digits or nothing, got '1' (the "
-            "first row has 39 fields, so rows are read as unlabelled). Mend or remove that line, or get "
-            "the file again.",
+            "first row has 39 fields, so rows are read as unlabelled). Mend or remove that line, "
+            "or get the file again.",
         ),
         # One that lost an integer could be unlabelled, until another row follows.
         (

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dlrm.data.splits import _mix, split_rows, training_order
+from dlrm.config import SynthesizeConfig
+from dlrm.data.splits import MINIMUM_ROWS, _mix, split_rows, training_order
 from dlrm.errors import UserError
 
 
@@ -28,6 +29,12 @@ def test_splits_are_those_of_the_reference(rows: int) -> None:
 def test_too_few_rows_are_refused(rows: int) -> None:
     with pytest.raises(UserError, match=f"x.txt has {rows} rows; expected at least 14"):
         split_rows(rows, "x.txt")
+
+
+def test_as_few_rows_can_be_made_up_as_can_be_split() -> None:
+    assert SynthesizeConfig(rows=MINIMUM_ROWS).rows == MINIMUM_ROWS
+    with pytest.raises(UserError, match=f"--rows must be at least {MINIMUM_ROWS}, "):
+        SynthesizeConfig(rows=MINIMUM_ROWS - 1)
 
 
 DAYS = (300, 300, 300, 299, 299, 299)

@@ -197,9 +197,6 @@ def test_truth_is_what_its_files_say(made, rows, probabilities):
             roc_auc_score(labels[where], probabilities[where]), abs=1e-12
         )
         assert content[split]["samples"] == where.stop - where.start
-    assert synthetic._splits(15) == (slice(0, 13), slice(14, 15), slice(13, 14))
-    assert synthetic._splits(20) == (slice(0, 18), slice(19, 20), slice(18, 19))
-    assert synthetic._splits(21) == (slice(0, 18), slice(20, 21), slice(18, 20))
 
 
 @pytest.mark.parametrize(("scale", "seed"), [(0.0001, 0), (0.01, 1), (1, 2), (1, 2**32 - 1)])
@@ -332,12 +329,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "data").iterdir()) == []
 
 
+def test_a_place_that_holds_no_folders_is_a_fault_of_the_environment():
+    with pytest.raises(EnvironmentFaultError, match=r"cannot make the directory /proc/made-up: No"):
+        synthesize("/proc/made-up", SMALL)
+
+
 def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch):
-    def interrupted(_rows):
+    def interrupted(_rows, _source):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(synthetic, "_splits", interrupted)
+        patched.setattr(synthetic, "split_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             synthesize(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dlrm.config import SynthesizeConfig
+from dlrm.data.splits import split_rows
 from dlrm.device import available_cores
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import (
     FORMAT_VERSION,
     atomic_write,
@@ -457,6 +458,10 @@ def synthesize(directory: Path | str, config: SynthesizeConfig) -> Truth:
         raise UserError(
             f"{directory} cannot be a directory: a file is in the way. Choose another."
         ) from error
+    except FileNotFoundError as error:  # what a file system that holds no files says, as /proc
+        raise EnvironmentFaultError(
+            f"cannot make the directory {directory}: {error.strerror}. Choose another place."
+        ) from error
     with locked(directory, "directory"), environment_faults(f"write to {directory}"):
         return _finished(directory, config) or _write(directory, config)
 
@@ -531,8 +536,10 @@ def _write(directory: Path, config: SynthesizeConfig) -> Truth:
             files["test_probabilities.arrow"],
             progress,
         )
+        split = split_rows(config.rows, "train.txt")
         train, validation, test = (
-            _best_possible(labels[rows], probabilities[rows]) for rows in _splits(config.rows)
+            _best_possible(labels[rows.start : rows.stop], probabilities[rows.start : rows.stop])
+            for rows in (split.train, split.validation, split.test)
         )
         truth = Truth(
             seed=config.seed,
@@ -611,26 +618,10 @@ class _SeenValues:
         return tuple(int(count) for count in counts)
 
 
-def _splits(rows: int) -> tuple[slice, slice, slice]:
-    """Return the reference's training, validation and test rows.
-
-    Rows are cut into 7 days, the first ones longer. Of the last day the first half is for test.
-    """
-    last_day = rows - rows // 7
-    middle = last_day + (rows - last_day + 1) // 2
-    return slice(0, last_day), slice(middle, rows), slice(last_day, middle)
-
-
 def _best_possible(labels: NDArray[np.bool_], probabilities: NDArray[np.float32]) -> BestPossible:
     metrics = compute_metrics(labels, probabilities)
-
-    def defined(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    return BestPossible(
-        auc=defined(metrics.auc),
-        log_loss=defined(metrics.log_loss),
-        normalized_entropy=defined(metrics.normalized_entropy),
-        accuracy=defined(metrics.accuracy),
-        samples=metrics.samples,
-    )
+    found = {field.name: getattr(metrics, field.name) for field in fields(BestPossible)}
+    defined: dict[str, Any] = {
+        name: None if math.isnan(value) else value for name, value in found.items()
+    }
+    return BestPossible(**defined)
