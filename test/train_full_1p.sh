@@ -10,11 +10,22 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+usage() { # SCRIPT: print the comment that it begins with
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"
+  echo
+  echo 'The flags of the reference, and what they do here: .venv/bin/dlrm reference --help'
+  echo '(bash test/setup.sh makes .venv), or docs/reference.md.'
+}
+
 data_path=
 synthetic=yes
 flags=()
 while (($#)); do
   case $1 in
+    -h | --help)
+      usage "${usage_of:-$0}"
+      exit 0
+      ;;
     --data_path=* | --data-path=*) data_path=${1#*=} synthetic= ;;
     --data_path | --data-path)
       data_path=${2-} synthetic=

@@ -2,4 +2,4 @@
 # The throughput run: test/train_full_1p.sh, stopped after 1000 steps.
 #
 #   bash test/train_performance_1p.sh [--data_path=DIR] [flags of the reference implementation]
-exec bash "$(dirname "${BASH_SOURCE[0]}")/train_full_1p.sh" --step=1000 "$@"
+usage_of=${BASH_SOURCE[0]} exec bash "$(dirname "${BASH_SOURCE[0]}")/train_full_1p.sh" --step=1000 "$@"

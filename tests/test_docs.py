@@ -14,12 +14,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dlrm.cli import parse
+from dlrm.device import available_cores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -64,18 +67,29 @@ BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 EXECUTED = [page for page in PAGES if page.name != "README.zh-CN.md"]
 
 
-@pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_blocks_run(page: Path, tmp_path: Path) -> None:
-    blocks = [block for block in read_blocks(page) if block.kind in ("bash", "python")]
-    # The scratch directory stands for a clone of the repository.
-    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for block in blocks:
+def scratch(clone: Path) -> Path:
+    """Make the folder that the pages' commands are meant for, in what stands for a clone."""
+    (clone / "configs").symlink_to(REPOSITORY / "configs")
+    folder = clone / "output" / "tour"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def run_blocks(page: Path, folder: Path) -> None:
+    # A thread a process, as two pages run at a time; and none that spins while it waits.
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    for block in read_blocks(page):
+        if block.kind not in ("bash", "python"):
+            continue
         program = ["bash", "-euo", "pipefail"] if block.kind == "bash" else [sys.executable, "-"]
         result = subprocess.run(
             program,
             input=block.text,
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -85,13 +99,37 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, f"{block} failed:\n{block.text}\n{result.stdout}"
 
 
+@pytest.fixture(scope="module")
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Path, Future[None]]]:
+    """The selected pages, run as many at a time as there are cores: most of it is starting."""
+    chosen = [
+        item.callspec.params["page"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == "test_blocks_run"
+    ]
+    with ThreadPoolExecutor(available_cores()) as pool:
+        yield {
+            page: pool.submit(run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)))
+            for page in chosen
+        }
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_blocks_run(page: Path, running: dict[Path, Future[None]]) -> None:
+    running[page].result()
+
+
 @pytest.mark.parametrize(
     "block",
     [block for block in BLOCKS if block.kind in ("bash hardware", "bash full-data")],
     ids=str,
 )
-def test_blocks_that_cannot_run_parse(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def test_blocks_that_cannot_run_parse(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scratch(tmp_path))
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
     for words in commands(block):
         if words[0] == "dlrm":

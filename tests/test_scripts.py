@@ -256,6 +256,28 @@ def test_every_training_has_a_folder_of_its_own(copy: Copy, criteo: Path) -> Non
     assert len({run[:-5] for run in runs}) == 1
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize(
+    ("script", "summary"),
+    [
+        ("train_full_1p.sh", "The main job on one device: raw rows to a trained, evaluated DLRM"),
+        ("train_performance_1p.sh", "The throughput run: test/train_full_1p.sh, stopped after"),
+    ],
+)
+def test_help_is_printed_before_anything_is_set_up(
+    copy: Copy, script: str, summary: str, flag: str
+) -> None:
+    output, errors = copy.run(script, "--learning-rate=0.2", flag)
+    assert output.startswith(summary)
+    assert f"  bash test/{script} [--data_path=DIR] [flags of the reference" in output
+    assert "dlrm reference --help" in output
+    assert "set -euo" not in output
+    assert max(map(len, output.splitlines())) <= 100
+    assert errors == ""
+    assert copy.calls() == []
+    assert not (copy.root / "output").exists()
+
+
 def test_training_without_test_rows(copy: Copy, criteo: Path) -> None:
     (criteo / "test.txt").unlink()
     copy.run("train_full_1p.sh", f"--data_path={criteo}")
