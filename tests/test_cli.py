@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,9 +76,12 @@ def test_a_runs_own_configuration_repeats_it(dataset: Path, tmp_path: Path) -> N
     ("content", "message"),
     [
         ("epoch = 2", "unknown key epoch; did you mean epochs?"),
+        ("learning_rate = 0.2", "unknown key learning_rate; it belongs into the table [optimizer]"),
+        ("dataset = 3", "dataset must be the path of a DATASET; got 3"),
+        ("format_version = 2.0", "format version '2.0'; this dlrm reads"),
         ("[model]\nembedding_dims = 2", "unknown key model.embedding_dims"),
         ("epochs = 'two'", "Expected `int`, got `str` - at `$.epochs`"),
-        ("epochs = -1", "--epochs must not be negative; got -1"),
+        ("epochs = -1", "--epochs must be at least 1; got -1"),
         ("epochs = ", "cannot be read as TOML"),
         ("format_version = '9.0'", "format version '9.0'; this dlrm reads"),
     ],
@@ -168,3 +172,32 @@ def test_the_number_of_rows_is_estimated_from_the_head(raw_rows: Path, tmp_path:
 def test_parse_refuses_an_unknown_command() -> None:
     with pytest.raises(UserError, match="no command 'x'"):
         cli.parse(["x"])
+
+
+def test_a_whole_run_can_be_moved(raw_rows: Path, tmp_path: Path) -> None:
+    made = run_dlrm("run", raw_rows, tmp_path / "run", *SMALL)
+    assert made.returncode == 0, made.stderr
+    before = run_dlrm("evaluate", tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run_dlrm("evaluate", tmp_path / "moved").stdout == before.stdout != ""
+
+
+def test_a_signal_during_start_up_ends_the_process_at_once(dataset: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dlrm", "train", str(dataset), "--run", "r"]
+    for delay in (0.2, 0.5, 0.8):
+        process = subprocess.Popen(
+            [*command, "--epochs", "100000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, messages = process.communicate(timeout=30)
+        assert process.returncode in (130, -signal.SIGINT)
+        assert "Traceback" not in messages or process.returncode == -signal.SIGINT
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+
+
+def test_an_interrupted_run_is_named_as_such(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/config.toml").write_text(f"dataset = {str(dataset)!r}\n")
+    message = error_of(run_dlrm("train", dataset, "--run", tmp_path / "r"), 2)
+    assert "holds a run already that has not ended" in message

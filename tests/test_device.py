@@ -5,7 +5,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from dlrm.device import available_cores, open_device, synchronize
+from dlrm.device import (
+    available_cores,
+    memory_faults,
+    open_device,
+    synchronize,
+    use_available_cores,
+)
 from dlrm.errors import EnvironmentFaultError
 
 
@@ -35,6 +41,8 @@ def test_cpu_uses_the_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     try:
         assert open_device("cpu", 5) == torch.device("cpu")
+        assert torch.get_num_threads() == before  # a library leaves the process as it is
+        use_available_cores()
         assert torch.get_num_threads() == available_cores() == 1
     finally:
         torch.set_num_threads(before)
@@ -80,3 +88,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_synchronizing_the_cpu_does_nothing() -> None:
     synchronize(torch.device("cpu"))
+
+
+def test_memory_that_runs_out_is_an_environment_fault() -> None:
+    with (
+        pytest.raises(EnvironmentFaultError, match=r"cannot train: .*Free some memory"),
+        memory_faults("train"),
+    ):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="another"), memory_faults("train"):
+        raise RuntimeError("another")

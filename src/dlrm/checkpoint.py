@@ -6,20 +6,20 @@ document, ``dlrm``, with the rest. It names no time, host or path, so equal runs
 
 from __future__ import annotations
 
-import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from dlrm.config import ModelConfig
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, atomic_path, check_version, flush_folder
+from dlrm.files import FORMAT_VERSION, atomic_write, check_version
 from dlrm.model.dlrm import DLRM
 
 
@@ -44,11 +44,21 @@ class CheckpointInfo:
     schema_fingerprint: str
     optimizer: str
     """Which optimizer's state it holds; empty: none."""
+    dataset_fingerprint: str = ""
+    """Of the rows and their order, which the position refers to; empty: not known."""
+    mini_batch_size: int = 0
+    """Rows of a step, which the position counts; 0: not known."""
     format_version: str = FORMAT_VERSION
+
+
+_DTYPES = {torch.float32: "F32"}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
     """Write a checkpoint; it appears complete or not at all.
+
+    The safetensors package renames a file of its own into place, without flushing it and under a
+    temporary name that a crash leaves behind; the format is a JSON header and the bytes.
 
     Args:
         path: A ``.safetensors`` file.
@@ -59,18 +69,22 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointI
         EnvironmentFaultError: The disk is full or read-only.
     """
     metadata = {"dlrm": msgspec.json.encode(info, order="deterministic").decode()}
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(on_cpu, temporary, metadata)
-
-
-def link_checkpoint(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name, replacing what had it, without a second copy on disk."""
-    temporary = target.with_name(f".{target.name}.partial")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, target)
-    flush_folder(target.parent)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = msgspec.json.encode(header)
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    with atomic_write(path) as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():  # one at a time: no copy of a model on another device
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def read_info(path: Path) -> CheckpointInfo:
@@ -131,6 +145,11 @@ def load_optimizer_state(path: Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> safetensors.safe_open:
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist. Check the path; a run that was interrupted before its first "
+            "evaluation has no checkpoint."
+        )
     try:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:

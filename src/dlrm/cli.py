@@ -6,6 +6,7 @@ Heavy imports wait until a verb runs, so that help is quick.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import os
 import signal
@@ -240,10 +241,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     The exit status is 0 when done, 1 for a bug, 2 for wrong input or options, 3 when the disk,
     memory or a device fails, 130 or 143 when stopped by SIGINT or SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    # Some libraries swallow the exception that a signal becomes while they are imported, so until
+    # that is done a signal ends the process as the system does, with the same status for a shell.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     _log_to_standard_error()
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).execute()
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        from dlrm.device import memory_faults, use_available_cores
+
+        use_available_cores()
+        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, _stop)
+        with memory_faults("go on"):
+            command.execute()
         sys.stdout.flush()
     except UserError as error:
         _fail(2, error)
@@ -255,8 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Who read our output has gone; leave nothing for the interpreter's own flush to trip over.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except KeyboardInterrupt:
-        _fail(130, "interrupted")
     sys.exit(0)
 
 
@@ -278,7 +287,9 @@ def parse(arguments: Sequence[str]) -> Command:
         sys.stdout.write(f"dlrm {__version__}\n")
         sys.exit(0)
     if verb not in _VERBS:
-        raise UserError(f"there is no command {verb!r}. Commands: {', '.join(_VERBS)}.")
+        close = difflib.get_close_matches(verb, _VERBS, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(f"there is no command {verb!r}.{hint} Commands: {', '.join(_VERBS)}.")
     if verb == "reference":
         return Reference(tuple(rest))
     kind = _VERBS[verb][0]
@@ -311,7 +322,7 @@ def _defaults(kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:
                     file = Path(path if isinstance(path, str) else path[0])
                     values["options"], dataset = read_config(file)
                     if dataset and "source" not in values:
-                        values["dataset"] = Path(dataset)
+                        values["dataset"] = dataset
     return values
 
 
@@ -351,9 +362,9 @@ class _Handler(logging.Handler):
         tqdm.write(f"{level}{self.format(record)}", file=sys.stderr)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
     # As an exception, so that temporary files go.
-    _fail(128 + number, "terminated")
+    _fail(128 + number, f"stopped by {signal.Signals(number).name}")
 
 
 def _fail(status: int, message: object) -> NoReturn:

@@ -33,6 +33,26 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _require_types(config: Any) -> None:
+    """Refuse values that are not of their field's type, which Python lets through."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(kind):
+            fits = isinstance(value, typing.cast(type[Any], kind))
+        else:
+            try:
+                fits = msgspec.convert(value, kind) is not None
+            except msgspec.ValidationError:
+                fits = False
+        if not fits:
+            expected = getattr(kind, "__name__", "") if isinstance(kind, type) else ""
+            choices = ", ".join(map(repr, typing.get_args(kind)))
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected {expected or 'one of ' + choices}, got "
+                f"{value!r}"
+            )
+
+
 @dataclass(frozen=True)
 class SynthesizeConfig:
     """What ``dlrm synthesize`` writes."""
@@ -49,6 +69,7 @@ class SynthesizeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
+        _require_types(self)
         require(self.rows >= 14, f"--rows must be at least 14, two a day; got {self.rows}")
         require(self.test_rows >= 0, f"--test-rows must not be negative; got {self.test_rows}")
         require(0 < self.scale <= 1, f"--scale must be above 0 and at most 1; got {self.scale}")
@@ -70,6 +91,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        _require_types(self)
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
         require(
             0 <= self.max_ind_range < 2**31,
@@ -96,6 +118,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
+        _require_types(self)
         sizes = (self.embedding_dim, *self.dense_arch_layer_sizes, *self.over_arch_layer_sizes)
         require(all(size > 0 for size in sizes), f"every layer size must be positive; got {sizes}")
         require(
@@ -112,6 +135,10 @@ class ModelConfig:
             self.over_arch_layer_sizes[-1] == 1,
             "the last of --over-arch-layer-sizes must be 1, the logit; got "
             f"{self.over_arch_layer_sizes[-1]}",
+        )
+        require(
+            self.interaction == "dot" or not self.interaction_itself,
+            "--interaction-itself goes with --interaction dot: 'cat' has no products",
         )
         require(0 <= self.dropout < 1, f"--dropout must be in [0, 1); got {self.dropout}")
 
@@ -130,9 +157,14 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        _require_types(self)
         require(
             0 <= self.loss_threshold < 0.5,
             f"--loss-threshold must be in [0, 0.5); got {self.loss_threshold}",
+        )
+        require(
+            self.loss == "wbce" or self.loss_weights == (1.0, 1.0),
+            f"--loss-weights goes with --loss wbce; got --loss {self.loss}",
         )
         require(
             all(weight >= 0 for weight in self.loss_weights),
@@ -157,9 +189,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse schedules that overlap."""
+        _require_types(self)
         require(self.learning_rate >= 0, f"--learning-rate must be ≥ 0; got {self.learning_rate}")
         steps = (self.warmup_steps, self.decay_start_step, self.decay_steps)
         require(min(steps) >= 0, f"numbers of steps must not be negative; got {steps}")
+        require(
+            self.decay_steps > 0 or self.decay_start_step == 0,
+            "--decay-start-step goes with --decay-steps, the length of the decay; got "
+            f"{self.decay_start_step} and 0",
+        )
         require(
             self.decay_steps == 0 or self.decay_start_step >= self.warmup_steps,
             "the decay must not start before the warm-up ends; got --decay-start-step "
@@ -215,11 +253,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        for name in ("mini_batch_size", "evaluation_batch_size", "print_freq"):
+        _require_types(self)
+        for name in ("epochs", "mini_batch_size", "evaluation_batch_size", "print_freq"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
         require(self.test_freq >= -1, f"--test-freq must be at least -1; got {self.test_freq}")
-        for name in ("epochs", "num_batches", "max_steps", "max_ind_range"):
+        for name in ("num_batches", "max_steps", "max_ind_range"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative; got {value}")
         for name in ("target_auc", "target_accuracy"):
@@ -231,20 +270,23 @@ class TrainConfig:
 
 def write_config(path: Path, config: TrainConfig, dataset: Path) -> None:
     """Write a configuration that ``dlrm train --config`` reads, and the DATASET's place."""
+    place = dataset.resolve()
+    if place.is_relative_to(path.parent.resolve()):
+        place = place.relative_to(path.parent.resolve())  # so that the folder can be moved
     content: Mapping[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "dataset": str(dataset.resolve()),
+        "dataset": str(place),
         **msgspec.to_builtins(config),
     }
     with atomic_write(path) as file:
         tomli_w.dump(content, file)
 
 
-def read_config(path: Path) -> tuple[TrainConfig, str]:
+def read_config(path: Path) -> tuple[TrainConfig, Path | None]:
     """Read a configuration file: defaults where it is silent.
 
     Returns:
-        The configuration, and the DATASET it names ("" when it names none).
+        The configuration, and the DATASET it names, relative to the file's folder (None: none).
 
     Raises:
         UserError: The file is missing, not TOML, of another version, or has an unknown key or a
@@ -256,9 +298,11 @@ def read_config(path: Path) -> tuple[TrainConfig, str]:
         raise UserError(f"{path} does not exist. Check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as TOML: {error}. Mend it.") from error
-    check_version(content.pop("format_version", FORMAT_VERSION), path)
+    check_version(str(content.pop("format_version", FORMAT_VERSION)), path)
     dataset = content.pop("dataset", "")
-    return _from_builtins(content, TrainConfig, path), dataset
+    if not isinstance(dataset, str):
+        raise UserError(f"{path}: dataset must be the path of a DATASET; got {dataset!r}.")
+    return _from_builtins(content, TrainConfig, path), path.parent / dataset if dataset else None
 
 
 def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T:
@@ -287,6 +331,9 @@ def _refuse_unknown_keys(
         if key not in types:
             close = difflib.get_close_matches(key, types, 1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(types)}."
+            for table, nested in types.items():
+                if dataclasses.is_dataclass(nested) and key in typing.get_type_hints(nested):
+                    hint = f"it belongs into the table [{table}]."
             raise UserError(f"{source} has an unknown key {prefix}{key}; {hint}")
         if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
             _refuse_unknown_keys(value, typing.cast(type[Any], types[key]), source, f"{key}.")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -26,8 +28,6 @@ def open_device(kind: DeviceKind, local_rank: int = 0) -> torch.device:
         EnvironmentFaultError: The device, or the package that drives it, is missing.
     """
     if kind == "cpu":
-        # As many threads as cores this process may use, which can be fewer than the machine has.
-        torch.set_num_threads(available_cores())
         return torch.device("cpu")
     backend = _backend(kind)
     count = backend.device_count() if backend.is_available() else 0
@@ -40,10 +40,33 @@ def open_device(kind: DeviceKind, local_rank: int = 0) -> torch.device:
     return torch.device(kind, local_rank)
 
 
+@contextmanager
+def memory_faults(action: str) -> Iterator[None]:
+    """Turn PyTorch's failure to allocate memory into an EnvironmentFaultError naming the action."""
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise EnvironmentFaultError(
+            f"cannot {action}: {str(error).splitlines()[0]}. Free some memory, or use a smaller "
+            "embedding dimension, batch or --max-ind-range."
+        ) from error
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to; needed before reading a clock."""
     if device.type != "cpu":
         _backend("cuda" if device.type == "cuda" else "npu").synchronize(device)
+
+
+def use_available_cores() -> None:
+    """Compute on as many threads as there are cores for this process.
+
+    PyTorch's own choice looks at the CPU affinity but not at the cgroup's quota. This changes the
+    whole process, so it is for a program to call and not for a library.
+    """
+    torch.set_num_threads(available_cores())
 
 
 def available_cores() -> int:

@@ -16,7 +16,7 @@ from dlrm.metrics import Metrics, compute_metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.model.score import score
 from dlrm.runs import Run, Which
-from dlrm.schema import FeatureSchema, Split
+from dlrm.schema import SPLITS, FeatureSchema, Split
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,13 @@ class SplitResult:
 
 
 def evaluate_split(
-    model: DLRM, data: Dataset, split: Split, schema: FeatureSchema, config: TrainConfig
+    model: DLRM,
+    data: Dataset,
+    split: Split,
+    schema: FeatureSchema,
+    config: TrainConfig,
+    *,
+    num_batches: int = 0,
 ) -> SplitResult:
     """Score a split of a DATASET and compute its metrics.
 
@@ -40,10 +46,11 @@ def evaluate_split(
         data: The DATASET.
         split: Which of its splits.
         schema: The run's, which can differ from the dataset's in its id modulus.
-        config: Batch size, limit of batches, and the loss whose threshold clamps probabilities.
+        config: Batch size, and the loss whose threshold clamps probabilities.
+        num_batches: Score the first so many batches; 0: all.
     """
     batches = data.batches(
-        split, config.evaluation_batch_size, schema=schema, num_batches=config.num_batches
+        split, config.evaluation_batch_size, schema=schema, num_batches=num_batches
     )
     scored = score(model, batches, config.loss)
     metrics = compute_metrics(scored.labels, scored.probabilities)
@@ -70,9 +77,12 @@ def evaluate(
         local_rank: Which card of that kind.
 
     Raises:
-        UserError: The run, its checkpoint or the dataset is missing, damaged or does not fit.
+        UserError: There is no such split, or the run, its checkpoint or the dataset is missing,
+            damaged or does not fit.
         EnvironmentFaultError: The device is missing.
     """
+    if split not in SPLITS:
+        raise UserError(f"there is no split {split!r}. Splits: {', '.join(SPLITS)}.")
     opened = Run.open(Path(run))
     data = Dataset.open(Path(dataset) if dataset else opened.dataset)
     if data.schema.fingerprint != opened.schema.fingerprint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,15 @@ from dlrm.errors import EnvironmentFaultError, UserError
 
 T = TypeVar("T")
 
-# Faults of the machine rather than of the user's input.
-_ENVIRONMENT_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
+# Faults of the machine rather than of the user's input, and what helps.
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, or choose another place.",
+    errno.EDQUOT: "Free some of your quota, or choose another place.",
+    errno.EFBIG: "Raise the limit of file sizes, or choose another place.",
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.EACCES: "Ask for access, or choose another place.",
+    errno.EPERM: "Ask for permission, or choose another place.",
+    errno.EIO: "The disk may be failing: choose another place.",
 }
 
 
@@ -34,11 +36,11 @@ def environment_faults(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRNOS:
+        if error.errno not in _REMEDIES:
             raise
+        where = f" ({error.filename})" if error.filename else ""
         raise EnvironmentFaultError(
-            f"cannot {action}: {error.strerror} ({error.filename or 'no file named'}). "
-            "Free some space or choose another place, then run the same command again."
+            f"cannot {action}: {error.strerror}{where}. {_REMEDIES[error.errno]}"
         ) from error
 
 
@@ -52,19 +54,25 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; the file appears as ``path`` only when it is complete.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when it is complete.
 
-    The order is: flush the file, rename it, flush its folder. On an exception nothing is left.
+    The order is: flush the file, rename it, flush its folder. On an exception nothing is left. Of
+    a symbolic link the file it leads to is replaced.
 
     Raises:
+        UserError: There is a folder, a device or a pipe at ``path``.
         EnvironmentFaultError: The disk is full or read-only.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} exists and is not a file, so it is not replaced. Choose another.")
     temporary = path.with_name(f".{path.name}.partial")
     with environment_faults(f"write {path}"):
         try:
-            yield temporary
-            with open(temporary, "rb+") as file:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             flush_folder(path.parent)
@@ -73,11 +81,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name only when it is complete."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        yield file
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, replacing what had it; a copy where there are no hard links."""
+    temporary = target.with_name(f".{target.name}.partial")
+    with environment_faults(f"write {target}"):
+        if target.exists() and target.samefile(source):
+            return  # renaming one name of a file to another of its names would leave both
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with atomic_write(target) as copy, open(source, "rb") as file:
+                shutil.copyfileobj(file, copy)
+        else:
+            os.replace(temporary, target)
+            flush_folder(target.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -71,8 +71,7 @@ class Predictor:
         Raises:
             UserError: A column is missing or holds something else.
         """
-        columns = table if isinstance(table, pa.Table) else pa.table(dict(table))
-        dense, values = rows_from_table(columns, self.schema)
+        dense, values = rows_from_table(table, self.schema)
         return self.predict_rows(dense, values)[0]
 
     def predict_rows(
@@ -117,6 +116,11 @@ def load(
         EnvironmentFaultError: The device is missing.
     """
     run = Run.open(Path(path))
+    if not run.checkpoint(checkpoint).exists():  # before the vocabularies are read
+        raise UserError(
+            f"{path} has no checkpoint {checkpoint!r}: the run was interrupted before its first "
+            "evaluation, or the name is not one of best and newest."
+        )
     encoder = Encoder.open(run.path, run.schema)
     model = run.load_model(checkpoint, open_device(device, local_rank))
     return Predictor(run.schema, run.config, model, encoder)
@@ -138,8 +142,12 @@ def predict_file(
         UserError: A row is malformed, or there is no folder for the output.
         EnvironmentFaultError: The disk is full or read-only.
     """
+    if not source.is_file():
+        raise UserError(f"{source} is not a file. Name a file of raw rows.")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is not a folder, so {output} cannot be written. Make it.")
+    if first_id is not None and first_id < 0:
+        raise UserError(f"--first-id must not be negative; got {first_id}.")
     if output.exists() and output.samefile(source):
         raise UserError(f"{output} is the input too. Choose another output.")
     labels: list[npt.NDArray[np.uint8]] = []

@@ -21,7 +21,7 @@ from dlrm.checkpoint import load_weights
 from dlrm.config import TrainConfig, read_config
 from dlrm.device import available_cores
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, atomic_write, read_json, write_json
+from dlrm.files import FORMAT_VERSION, atomic_write, environment_faults, read_json, write_json
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.schema import FeatureSchema, Split, read_schema
@@ -34,10 +34,12 @@ class RunResult:
     """``result.json``: what a run came to."""
 
     epochs: float
-    """Passes over the training rows; a fraction when training stopped within one."""
+    """Passes over the training rows; a fraction when training stopped within one. When a
+    checkpoint was continued from, its passes count."""
     train_samples: int
-    """Rows trained on, all passes counted."""
+    """Rows that this run trained on, all its passes counted."""
     train_steps: int
+    """Steps that this run took."""
     samples_per_second: float
     """Of training: loading included, start-up, evaluation and checkpoints excluded."""
     seconds: float
@@ -89,7 +91,9 @@ class Run:
                 f"{path} is not a run: config.toml is missing. Name a folder that dlrm train made."
             )
         config, dataset = read_config(path / "config.toml")
-        return Run(path, read_schema(path, "run"), config, Path(dataset))
+        if dataset is None:
+            raise UserError(f"{path / 'config.toml'} names no dataset. Name it there.")
+        return Run(path, read_schema(path, "run"), config, dataset)
 
     def checkpoint(self, which: Which) -> Path:
         """Return where a checkpoint lies."""
@@ -127,7 +131,8 @@ class Run:
     def write_predictions(self, split: Split, probabilities: npt.NDArray[np.float32]) -> None:
         """Write ``predictions/SPLIT.arrow``: row, the position in the split, and probability."""
         table = pa.table({"row": np.arange(len(probabilities)), "probability": probabilities})
-        (self.path / "predictions").mkdir(exist_ok=True)
+        with environment_faults(f"write to {self.path}"):
+            (self.path / "predictions").mkdir(exist_ok=True)
         with (
             atomic_write(self.path / "predictions" / f"{split}.arrow") as file,
             pa.ipc.new_file(file, table.schema) as writer,

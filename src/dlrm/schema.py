@@ -63,8 +63,8 @@ class FeatureSchema:
     split_rule: str
     """How rows were split, in words a reader of the file understands."""
     fingerprint: str = ""
-    """SHA-256 over everything else, vocabularies included; see ``sealed``. It stays that of the
-    DATASET when a run limits ids further."""
+    """SHA-256 over the label, the features and their vocabularies; see ``sealed``. It stays that of
+    the DATASET when a run limits ids further."""
     format_version: str = FORMAT_VERSION
 
     @property
@@ -73,9 +73,12 @@ class FeatureSchema:
         return tuple(feature.num_embeddings for feature in self.sparse)
 
     def sealed(self) -> FeatureSchema:
-        """Return this schema with its fingerprint."""
-        blank = dataclasses.replace(self, fingerprint="")
-        content = msgspec.json.encode(blank, order="deterministic")
+        """Return this schema with its fingerprint.
+
+        Neither the wording of the split rule nor the format's version changes what a model takes.
+        """
+        meaning = (self.label, self.dense, self.sparse, self.source_format)
+        content = msgspec.json.encode(meaning, order="deterministic")
         return dataclasses.replace(self, fingerprint=hashlib.sha256(content).hexdigest())
 
     def with_max_ind_range(self, max_ind_range: int) -> FeatureSchema:

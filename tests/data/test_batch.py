@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -71,3 +73,40 @@ def test_no_rows() -> None:
     batch = make_batch(SCHEMA, DENSE[:0], np.zeros((0, 2), np.int32), LABELS[:0])
     assert len(batch) == 0
     assert batch.sparse_features.shape == (0, 2)
+
+
+def test_a_loader_that_makes_batches_starts_no_threads() -> None:
+    """With more threads than cores OpenMP's stop spinning, and a training step takes twice as long.
+
+    In a process of its own, where no other test has started threads.
+    """
+    script = """
+import os, threading
+import numpy as np, torch
+from dlrm.data.batch import make_batch
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+
+torch.set_num_threads(2)
+torch.randn(256, 256) @ torch.randn(256, 256)
+names = [f"f{index}" for index in range(20)]
+dense = tuple(map(DenseFeature, names))
+sparse = tuple(SparseFeature(name, 9, id_modulus=5) for name in names)
+schema = FeatureSchema("label", dense, sparse, "", "")
+counts = []
+
+def load():
+    rows = 50_000
+    counts.append(len(os.listdir("/proc/self/task")))
+    values = np.arange(rows * 20, dtype=np.int32).reshape(rows, 20) % 9
+    for ids in (values, values - 1):
+        make_batch(schema, values, ids, np.ones(rows, np.uint8))
+    counts.append(len(os.listdir("/proc/self/task")))
+
+loader = threading.Thread(target=load)
+loader.start()
+loader.join()
+print(*counts)
+"""
+    command = [sys.executable, "-c", script]
+    counts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert counts[0] == counts[1]

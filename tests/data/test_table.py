@@ -50,3 +50,16 @@ def test_bad_values_are_refused_by_row_and_column(change: dict[str, object], mes
 def test_missing_columns_are_named() -> None:
     with pytest.raises(UserError, match=r"lacks the columns age, site; expected age, ad, site"):
         rows_from_table(pa.table({"ad": ["0000000a"]}), SCHEMA)
+
+
+def test_categories_are_read_as_what_they_stand_for() -> None:
+    columns = COLUMNS | {"ad": pa.array(["0000000a", None]).dictionary_encode()}
+    assert rows_from_table(columns, SCHEMA)[1][:, 0].tolist() == [10, 0]
+
+
+@pytest.mark.parametrize(
+    "table", [[COLUMNS], COLUMNS | {"age": 1}, COLUMNS | {"age": [1]}, 3, "text"]
+)
+def test_what_is_no_table_is_refused(table: object) -> None:
+    with pytest.raises(UserError, match="must come as a pyarrow Table or as columns"):
+        rows_from_table(table, SCHEMA)  # type: ignore[arg-type]

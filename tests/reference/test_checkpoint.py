@@ -286,7 +286,7 @@ def test_a_damaged_file_is_refused(
 
 def test_a_folder_to_save_to_must_exist(run: Any) -> None:
     with pytest.raises(UserError, match=r"--save-model: .*absent is not a folder"):
-        run(f"--save-model={run.folder / 'absent' / 'model.pt'}")
+        run("--test-freq=5", f"--save-model={run.folder / 'absent' / 'model.pt'}")
     assert not run.run_path.exists()
 
 

@@ -204,7 +204,7 @@ def test_the_run_is_the_first_free_one(tmp_path: Path, monkeypatch: pytest.Monke
         ("--mini-batch-size=0", "--mini-batch-size must be at least 1; got 0"),
         (
             "--nepochs=-1",
-            "--epochs must not be negative; got -1. Here --epochs is set by --nepochs.",
+            "--epochs must be at least 1; got -1. Here --epochs is set by --nepochs.",
         ),
         (
             "--arch-sparse-feature-size=8",

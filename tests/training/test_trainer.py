@@ -314,7 +314,7 @@ def test_a_taken_run_is_refused_and_left_as_it_is(dataset: Path, tmp_path: Path)
             r"holds the state of sgd, and --optimizer adagrad",
         ),
         ({"epochs": 1}, r"saved after 1 epochs.*nothing is left to train"),
-        ({"continue_from": "nowhere.safetensors"}, r"nowhere\.safetensors cannot be read"),
+        ({"continue_from": "nowhere.safetensors"}, r"nowhere\.safetensors does not exist"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_leaves_no_run(
@@ -352,3 +352,68 @@ def test_labels_of_one_class_give_a_result_without_an_auc(raw_rows: Path, tmp_pa
     read_back = Run.open(tmp_path / "run").result()
     assert math.isnan(read_back.metrics["test"].auc)
     assert read_back.metrics["test"].log_loss == result.metrics["test"].log_loss
+
+
+def test_a_position_belongs_to_its_order_and_batch_size(
+    raw_rows: Path, dataset: Path, tmp_path: Path
+) -> None:
+    train(dataset, tmp_path / "part", replace(CONFIG, max_steps=4))
+    config = replace(CONFIG, continue_from=str(tmp_path / "part/checkpoints/newest.safetensors"))
+    with pytest.raises(UserError, match=r"saved with --mini-batch-size 128.*; got 64"):
+        train(dataset, tmp_path / "rest", replace(config, mini_batch_size=64))
+    prepare(raw_rows, tmp_path / "unshuffled", PrepareConfig(shuffle="none"))
+    with pytest.raises(UserError, match="another DATASET: the fingerprint of its rows and order"):
+        train(tmp_path / "unshuffled", tmp_path / "rest", config)
+    prepare(raw_rows, tmp_path / "other", PrepareConfig(max_ind_range=3))
+    with pytest.raises(UserError, match="another DATASET: the fingerprint of its features"):
+        train(tmp_path / "other", tmp_path / "rest", config)
+    assert not (tmp_path / "rest").exists()
+
+
+def test_max_steps_counts_the_steps_before(dataset: Path, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "part", replace(CONFIG, max_steps=4))
+    config = replace(CONFIG, continue_from=str(tmp_path / "part/checkpoints/newest.safetensors"))
+    result = train(dataset, tmp_path / "more", replace(config, max_steps=6))
+    assert (result.train_steps, result.train_samples) == (2, 2 * 128)
+    with pytest.raises(UserError, match="saved after 4 steps, so with --max-steps 3 nothing"):
+        train(dataset, tmp_path / "less", replace(config, max_steps=3))
+
+
+def test_num_batches_of_training_does_not_shorten_a_later_evaluation(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, num_batches=2, evaluation_batch_size=20)
+    assert train(dataset, tmp_path / "run", config).metrics["test"].samples == 40
+    whole = evaluate(tmp_path / "run", "test").metrics.samples
+    assert whole == Dataset.open(dataset).rows("test") > 40
+
+
+def test_training_leaves_the_callers_random_state_and_threads(
+    dataset: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    train(dataset, tmp_path / "run", replace(CONFIG, max_steps=1))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_folder_with_other_things_does_not_become_a_run(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"is not empty: it holds thesis\.tex"):
+        train(dataset, tmp_path, CONFIG)
+    with pytest.raises(UserError, match=r"thesis\.tex is not a folder"):
+        train(dataset, tmp_path / "thesis.tex", CONFIG)
+
+
+def test_what_is_no_configuration_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config must be a TrainConfig; got dict"):
+        train(dataset, tmp_path / "run", {"epochs": 1})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--mini-batch-size: expected int, got 'a'"):
+        TrainConfig(mini_batch_size="a")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"--shuffle: expected one of 'none', 'day',.*got 'foo'"):
+        PrepareConfig(shuffle="foo")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="there is no split 'foo'"):
+        evaluate(tmp_path / "run", "foo")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import queue
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -26,6 +28,7 @@ from dlrm.files import (
     atomic_write,
     environment_faults,
     flush_folder,
+    link_or_copy,
     locked,
     read_json,
     sha256,
@@ -124,6 +127,13 @@ class Manifest:
     format_version: str = FORMAT_VERSION
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the schema's fingerprint and every row in its order."""
+        parts = [[part.sha256 for part in self.splits[split].parts] for split in SPLITS]
+        content = msgspec.json.encode((self.schema_fingerprint, parts))
+        return hashlib.sha256(content).hexdigest()
+
+    @property
     def train_days(self) -> tuple[int, ...]:
         """Rows of each training day."""
         return self.days[:-1]
@@ -151,9 +161,17 @@ class Dataset:
             UserError: It is missing, incomplete, damaged, or of another version.
         """
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder. Name a DATASET that `dlrm prepare` made.")
+            raise UserError(
+                f"{path} is not a folder. Name the DATASET that `dlrm prepare` made; of a run "
+                "whose DATASET has moved, with --dataset."
+            )
         manifest = read_json(path / "manifest.json", Manifest, "dataset")
         schema = read_schema(path, "dataset")
+        if schema.sealed().fingerprint != schema.fingerprint:
+            raise UserError(
+                f"{path / 'schema.json'} was changed after it was written: its content does not "
+                "have the fingerprint that it names. Prepare the dataset again."
+            )
         if schema.fingerprint != manifest.schema_fingerprint:
             raise UserError(
                 f"{path / 'schema.json'} does not belong to {path / 'manifest.json'}: its "
@@ -511,7 +529,8 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UserError(
-            f"{path} is a DATASET already. Choose another one, or start over with --overwrite."
+            f"{path} is a DATASET already. Choose another one, or start over with `dlrm prepare "
+            "--overwrite`."
         )
 
 
@@ -550,11 +569,5 @@ def copy_description(source: Path, target: Path, schema: FeatureSchema) -> None:
         if names:
             (target / "vocabulary").mkdir(exist_ok=True)
         for name in names:
-            link = target / "vocabulary" / name
-            link.unlink(missing_ok=True)
-            try:
-                os.link(source / "vocabulary" / name, link)
-            except OSError:
-                with open(source / "vocabulary" / name, "rb") as file, atomic_write(link) as copy:
-                    shutil.copyfileobj(file, copy)
+            link_or_copy(source / "vocabulary" / name, target / "vocabulary" / name)
         write_schema(target, schema)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,13 +18,14 @@ _LARGEST_DENSE = 2**31 - 1
 
 
 def rows_from_table(
-    table: pa.Table, schema: FeatureSchema
+    table: pa.Table | Mapping[str, Any], schema: FeatureSchema
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:
     """Take the schema's columns out of a table of raw rows.
 
     Args:
-        table: Dense columns hold integers, sparse ones strings of 8 hexadecimal digits or integers
-            below 2**32; nulls are missing values. Other columns are left alone.
+        table: A table, or columns by name. Dense columns hold integers, sparse ones strings of 8
+            hexadecimal digits or integers below 2**32; nulls are missing values. Other columns are
+            left alone.
         schema: Names the columns.
 
     Returns:
@@ -31,6 +35,13 @@ def rows_from_table(
     Raises:
         UserError: A column is missing, or a value is none of the above; it names the row.
     """
+    if not isinstance(table, pa.Table):
+        try:
+            table = pa.table(dict(table))
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise UserError(
+                f"rows must come as a pyarrow Table or as columns of equal length by name: {error}."
+            ) from error
     names = [each.name for each in schema.dense] + [each.name for each in schema.sparse]
     missing = [name for name in names if name not in table.column_names]
     if missing:
@@ -47,6 +58,8 @@ def rows_from_table(
     values = np.empty((table.num_rows, len(schema.sparse)), np.uint32)
     for column, feature in enumerate(schema.sparse):
         chunks = table.column(feature.name)
+        if pa.types.is_dictionary(chunks.type):
+            chunks = chunks.cast(chunks.type.value_type)
         if pa.types.is_string(chunks.type) or pa.types.is_large_string(chunks.type):
             values[:, column] = _hexadecimal(chunks, feature.name)
         else:

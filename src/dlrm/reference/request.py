@@ -90,6 +90,10 @@ def parse(arguments: Sequence[str]) -> Request:
     if values["inference_only"] and not values["load_model"]:
         raise UserError("--inference-only needs a model to test. Name one with --load-model.")
 
+    idle = _idle(values)
+    notes = _notes(values, idle)
+    values = values | {key: FLAGS[key].default for key in idle}
+
     source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
     run = Path(values["run"]) if values["run"] else _free_run()
     settings = _settings(values)
@@ -105,8 +109,6 @@ def parse(arguments: Sequence[str]) -> Request:
     settings["selection_split"] = "test"
     if settings["evaluation_batch_size"] < 0:
         settings["evaluation_batch_size"] = settings["mini_batch_size"]
-    if not values["mlperf_logging"]:
-        settings["target_accuracy"] = settings["target_auc"] = 0.0
     if values["load_model"]:
         settings["continue_from"] = str(run / "initial.safetensors")
 
@@ -124,7 +126,7 @@ def parse(arguments: Sequence[str]) -> Request:
             print_time=values["print_time"],
             print_wall_time=values["print_wall_time"],
             dense_features=values["arch_mlp_bot"][0],
-            notes=tuple(_notes(values)),
+            notes=tuple(notes),
         )
     except UserError as error:
         raise in_reference_terms(error) from error
@@ -198,15 +200,15 @@ def _build(kind: type[T], settings: Mapping[str, Any]) -> T:
     return kind(**chosen)
 
 
-def _notes(values: Mapping[str, Any]) -> list[str]:
-    """Return a note for each flag that was given and has no effect here or in this combination."""
-    given = {key: value != FLAGS[key].default for key, value in values.items()}
+def _idle(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the flags that were given and have no effect beside the others, and why."""
     no_effect = {
         "loss_weights": (values["loss_function"] != "wbce", "without --loss-function=wbce"),
         "arch_interaction_itself": (
             values["arch_interaction_op"] != "dot",
             "without --arch-interaction-op=dot",
         ),
+        "lr_decay_start_step": (values["lr_num_decay_steps"] == 0, "without --lr-num-decay-steps"),
         "mlperf_acc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
         "mlperf_auc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
         "save_model": (
@@ -218,23 +220,29 @@ def _notes(values: Mapping[str, Any]) -> list[str]:
             "on the CPU",
         ),
     }
-    notes = [
-        f"{FLAGS[key].name} has no effect {when}"
+    return {
+        key: when
         for key, (idle, when) in no_effect.items()
-        if given[key] and idle
-    ]
+        if idle and values[key] != FLAGS[key].default
+    }
+
+
+def _notes(values: Mapping[str, Any], idle: Mapping[str, str]) -> list[str]:
+    """Return a note for each flag that was given and changes nothing here."""
     already = {
         "round_targets": "the labels are 0 and 1 already",
         "num_workers": "one background thread reads here",
         "test_num_workers": "one background thread reads here",
         "dataset_multiprocessing": "preparation uses the cores that it may use in any case",
     }
-    notes += [
-        f"{FLAGS[key].name} changes nothing: {reason}"
-        for key, reason in already.items()
-        if given[key]
+    return [
+        *(f"{FLAGS[key].name} has no effect {when}" for key, when in idle.items()),
+        *(
+            f"{FLAGS[key].name} changes nothing: {reason}"
+            for key, reason in already.items()
+            if values[key] != FLAGS[key].default
+        ),
     ]
-    return notes
 
 
 def _options(config: Any) -> list[str]:

@@ -7,14 +7,14 @@ import dataclasses
 import math
 from pathlib import Path
 
-from dlrm.checkpoint import link_checkpoint, save_checkpoint
+from dlrm.checkpoint import save_checkpoint
 from dlrm.config import write_config
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.data.prepare import prepare, raw_file
 from dlrm.device import open_device
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
-from dlrm.files import environment_faults, locked
+from dlrm.files import environment_faults, link_or_copy, locked
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
@@ -131,6 +131,6 @@ def _import(loaded: ReferenceCheckpoint, request: Request, data: Dataset) -> Non
     with locked(request.run, "run"), environment_faults(f"write to {request.run}"):
         (request.run / "checkpoints").mkdir(parents=True, exist_ok=True)
         save_checkpoint(imported.checkpoint("newest"), *converted)
-        link_checkpoint(imported.checkpoint("newest"), imported.checkpoint("best"))
+        link_or_copy(imported.checkpoint("newest"), imported.checkpoint("best"))
         copy_description(request.dataset, request.run, schema)
         write_config(request.run / "config.toml", config, request.dataset)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dlrm.checkpoint import Position
 from dlrm.config import TrainConfig
+from dlrm.files import environment_faults
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.schema import Split
@@ -61,8 +62,6 @@ class Evaluation:
     metrics: Metrics
     is_best: bool
     """Whether its selection metric, the AUC, is above all before."""
-    best_auc: float
-    best_accuracy: float
     train_loss: float
     """Of the last report."""
     model: DLRM
@@ -108,7 +107,9 @@ class JsonLines(Events):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] = open(path, "wb")
+        self._path = path
+        with environment_faults(f"write {path}"):
+            self._file: IO[bytes] = open(path, "wb")
         self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -121,7 +122,7 @@ class JsonLines(Events):
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._write("error", {"message": f"{type(error).__name__}: {error}"})
+            self._write("error", {"kind": type(error).__name__, "message": str(error)})
         self._file.close()
 
     def on_start(self, start: Start) -> None:
@@ -153,9 +154,10 @@ class JsonLines(Events):
 
     def _write(self, event: str, content: dict[str, Any]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        self._file.write(msgspec.json.encode({"event": event, "seconds": seconds} | content))
-        self._file.write(b"\n")
-        self._file.flush()
+        line = msgspec.json.encode({"event": event, "seconds": seconds} | content) + b"\n"
+        with environment_faults(f"write {self._path}"):
+            self._file.write(line)
+            self._file.flush()
 
 
 class Console(Events):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, Protocol
+
 from torch import Tensor
 
 from dlrm.config import LossConfig
@@ -11,15 +13,35 @@ from dlrm.model.loss import mean_loss
 from dlrm.training.optimizer import Optimizer
 
 
+class Step(Protocol):
+    """Takes training steps on a model; which one is a matter of speed alone."""
+
+    kernels: Literal["native", "plain"]
+    reason: str
+    """Why this step was chosen."""
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Take a step and return the mean loss before it; see ``EagerStep``."""
+
+
+def choose_step(model: DLRM, optimizer: Optimizer, loss: LossConfig) -> Step:
+    """Return the fastest step that supports a configuration."""
+    return EagerStep(model, optimizer, loss)
+
+
 class EagerStep:
-    """A step through autograd and plain operators: any configuration, and the specification that
-    faster steps are tested against.
+    """A step through autograd and plain operators.
+
+    It takes any configuration, and is the specification that faster steps are tested against.
 
     Args:
         model: Moved by every call.
         optimizer: Over the same model.
         loss: What is minimised.
-    """  # noqa: D205
+    """
+
+    kernels: Literal["native", "plain"] = "plain"
+    reason = "there are no native kernels in this version"
 
     def __init__(self, model: DLRM, optimizer: Optimizer, loss: LossConfig) -> None:
         self.model = model

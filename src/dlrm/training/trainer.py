@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +15,18 @@ import torch
 from dlrm.checkpoint import (
     CheckpointInfo,
     Position,
-    link_checkpoint,
     load_optimizer_state,
     load_weights,
     read_info,
     save_checkpoint,
 )
 from dlrm.config import TrainConfig, write_config
+from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, copy_description
-from dlrm.device import open_device, synchronize
+from dlrm.device import memory_faults, open_device, synchronize
 from dlrm.errors import UserError
 from dlrm.evaluation import SplitResult, evaluate_split
-from dlrm.files import environment_faults, locked
+from dlrm.files import environment_faults, link_or_copy, locked
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.runs import (
     Run,
@@ -38,9 +38,7 @@ from dlrm.runs import (
 from dlrm.schema import Split
 from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
 from dlrm.training.optimizer import Optimizer, learning_rate
-from dlrm.training.step import EagerStep
-
-logger = logging.getLogger("dlrm")
+from dlrm.training.step import choose_step
 
 
 def train(
@@ -63,37 +61,52 @@ def train(
         EnvironmentFaultError: The disk or the device fails.
     """
     started = time.perf_counter()
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
     dataset, run = Path(dataset), Path(run)
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
-    with locked(run, "run"):
+    # Dropout draws from PyTorch's own generator, which is the caller's again afterwards.
+    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
         refuse_taken(run)
-        trainer = Trainer(
-            data,
-            Run(run, data.schema.with_max_ind_range(config.max_ind_range), config, dataset),
-            device,
-        )
+        schema = data.schema.with_max_ind_range(config.max_ind_range)
+        trainer = Trainer(data, Run(run, schema, config, dataset), device)
         with environment_faults(f"write to {run}"):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            copy_description(dataset, run, trainer.run.schema)
-            write_config(run / "config.toml", config, dataset)
-            with JsonLines(run / "log.jsonl") as log:
-                trainer.listeners = (log, *listeners)
-                trainer.fit()
-                return trainer.finish(started)
+        copy_description(dataset, run, schema)
+        write_config(run / "config.toml", config, dataset)
+        with JsonLines(run / "log.jsonl") as log:
+            trainer.listeners = (log, *listeners)
+            trainer.fit()
+            return trainer.finish(started)
 
 
 def refuse_taken(run: Path) -> None:
-    """Refuse a RUN folder that holds a run already.
+    """Refuse a RUN folder that holds anything but what goes into a new one: its DATASET, weights.
 
     Raises:
         UserError: Naming the folder.
     """
-    if (run / "config.toml").exists() or run.is_file():
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is not a folder. Choose another RUN.")
+    if (run / "result.json").exists():
         raise UserError(
             f"{run} holds a run already, and it is not overwritten. Choose another folder, or "
             "delete this one."
         )
+    if (run / "config.toml").exists():
+        raise UserError(
+            f"{run} holds a run already that has not ended: it was interrupted, or still goes on. "
+            "Choose another folder, or delete this one; --continue-from takes its newest "
+            "checkpoint, if it has one."
+        )
+    if run.exists():
+        others = {path.name for path in run.iterdir()} - {"dataset", "initial.safetensors"}
+        if others:
+            raise UserError(
+                f"{run} is not empty: it holds {', '.join(sorted(others)[:3])}. Choose a new "
+                "folder."
+            )
 
 
 class Trainer:
@@ -133,10 +146,15 @@ class Trainer:
             self._continue_from(Path(config.continue_from))
         else:
             initialize(self.model, self._initial_random_state())
-        self.step = EagerStep(self.model, self.optimizer, config.loss)
+        if 0 < config.max_steps <= self.position.total_steps:
+            raise UserError(
+                f"{config.continue_from} was saved after {self.position.total_steps} steps, so "
+                f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
+            )
+        self.first_step = self.position.total_steps
+        self.step = choose_step(self.model, self.optimizer, config.loss)
 
         self.best_auc = -math.inf
-        self.best_accuracy = -math.inf
         self.stopped = ""
         self.train_samples = 0
         self.train_seconds = 0.0
@@ -146,48 +164,53 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until all epochs are done, or a limit or target is reached."""
-        config, epoch_steps = self.config, self.steps_per_epoch
-        self._notify_start()
+        start = Start(self.config, self.position, self.steps_per_epoch, self.train_rows)
+        for listener in self.listeners:
+            listener.on_start(start)
         self.model.train()
-        while self.position.epoch < config.epochs and not self.stopped:
-            meter = _Meter(self.device)
-            for batch in self.data.batches(
+        while self.position.epoch < self.config.epochs and not self.stopped:
+            batches = self.data.batches(
                 "train",
-                config.mini_batch_size,
+                self.config.mini_batch_size,
                 schema=self.run.schema,
                 first_batch=self.position.step,
-                num_batches=epoch_steps - self.position.step,
-            ):
-                total_steps = self.position.total_steps + 1
-                rate = learning_rate(config.optimizer, total_steps)
-                loss = self.step(batch.to(self.device), rate)
-                meter.add(loss, len(batch))
-                self.position = replace(
-                    self.position, step=self.position.step + 1, total_steps=total_steps
-                )
-                for listener in self.listeners:
-                    listener.on_step(self.position, len(batch))
-                step = self.position.step
-                last = step == epoch_steps or total_steps == config.max_steps
-                evaluates = config.test_freq >= 0 and (
-                    last or (config.test_freq > 0 and step % config.test_freq == 0)
-                )
-                if last or evaluates or step % config.print_freq == 0:
-                    self._report(meter, rate)
-                if evaluates:
-                    self._evaluate_and_save()
-                if last or evaluates:
-                    # What lies between is no training time.
-                    meter = _Meter(self.device)
-                if total_steps == config.max_steps:
-                    self.stopped = f"the limit of {config.max_steps} steps"
-                if self.stopped:
-                    break
-            if self.position.step == epoch_steps:
+                num_batches=self.steps_per_epoch - self.position.step,
+            )
+            with contextlib.closing(batches):
+                self._train_on(batches)
+            if self.position.step == self.steps_per_epoch:
                 self.position = replace(self.position, epoch=self.position.epoch + 1, step=0)
         self.stopped = self.stopped or "all epochs done"
         for listener in self.listeners:
             listener.on_stop(Stop(self.position, self.stopped))
+
+    def _train_on(self, batches: Iterable[Batch]) -> None:
+        """Train on the batches of a pass, or until a limit or target is reached."""
+        config = self.config
+        meter = _Meter(self.device)
+        for batch in batches:
+            position = self.position
+            self.position = position = replace(
+                position, step=position.step + 1, total_steps=position.total_steps + 1
+            )
+            rate = learning_rate(config.optimizer, position.total_steps)
+            loss = self.step(batch.to(self.device), rate)
+            meter.add(loss, len(batch))
+            for listener in self.listeners:
+                listener.on_step(position, len(batch))
+            if position.total_steps == config.max_steps:
+                self.stopped = f"the limit of {config.max_steps} steps"
+            last = position.step == self.steps_per_epoch or bool(self.stopped)
+            evaluates = config.test_freq >= 0 and (
+                last or (config.test_freq > 0 and position.step % config.test_freq == 0)
+            )
+            if last or evaluates or position.step % config.print_freq == 0:
+                self._report(meter, rate)
+            if evaluates:
+                self._evaluate_and_save()
+                meter = _Meter(self.device)  # an evaluation is no training time
+            if self.stopped:
+                return
 
     def finish(self, started: float) -> RunResult:
         """Save what is not saved yet, evaluate validation and test, and write the result.
@@ -210,7 +233,7 @@ class Trainer:
         result = RunResult(
             epochs=self.position.epoch + self.position.step / self.steps_per_epoch,
             train_samples=self.train_samples,
-            train_steps=self.position.total_steps,
+            train_steps=self.position.total_steps - self.first_step,
             samples_per_second=self.train_samples / max(self.train_seconds, 1e-9),
             seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes(),
@@ -218,8 +241,8 @@ class Trainer:
             stopped=self.stopped,
             metrics={split: result.metrics for split, result in results.items()},
             unknown_ids={split: result.unknown_ids for split, result in results.items()},
-            kernels="plain",
-            kernels_reason="there are no native kernels in this version",
+            kernels=self.step.kernels,
+            kernels_reason=self.step.reason,
             amp_type="O0",
             device=str(self.device),
             versions=versions(),
@@ -247,11 +270,20 @@ class Trainer:
                 f"{path} holds the state of {info.optimizer}, and --optimizer "
                 f"{self.config.optimizer.optimizer} was asked for. Use the same optimizer."
             )
-        if info.schema_fingerprint not in ("", self.run.schema.fingerprint):
+        for what, theirs, ours in (
+            ("features", info.schema_fingerprint, self.run.schema.fingerprint),
+            ("rows and order", info.dataset_fingerprint, self.data.manifest.fingerprint),
+        ):
+            if theirs not in ("", ours):
+                raise UserError(
+                    f"{path} was trained on another DATASET: the fingerprint of its {what} is "
+                    f"{theirs}, and that of {self.data.path} is {ours}. Use the DATASET it was "
+                    "trained on."
+                )
+        if info.mini_batch_size not in (0, self.config.mini_batch_size):
             raise UserError(
-                f"{path} was trained on a DATASET with fingerprint {info.schema_fingerprint}; "
-                f"{self.data.path} has {self.run.schema.fingerprint}. Use the DATASET it was "
-                "trained on."
+                f"{path} was saved with --mini-batch-size {info.mini_batch_size}, in which its "
+                f"position is counted; got {self.config.mini_batch_size}. Use the same."
             )
         load_weights(path, self.model)
         if info.optimizer:
@@ -264,11 +296,6 @@ class Trainer:
                 f"{path} was saved after {self.position.epoch} epochs, so with --epochs "
                 f"{self.config.epochs} nothing is left to train. Ask for more epochs."
             )
-
-    def _notify_start(self) -> None:
-        start = Start(self.config, self.position, self.steps_per_epoch, self.train_rows)
-        for listener in self.listeners:
-            listener.on_start(start)
 
     def _report(self, meter: _Meter, rate: float) -> None:
         loss, samples, steps, seconds = meter.read()
@@ -300,7 +327,14 @@ class Trainer:
             and evaluated[0] == self.position.total_steps
         ):
             return evaluated[1]
-        return evaluate_split(self.model, self.data, split, self.run.schema, self.config)
+        return evaluate_split(
+            self.model,
+            self.data,
+            split,
+            self.run.schema,
+            self.config,
+            num_batches=self.config.num_batches,
+        )
 
     def _evaluate_and_save(self) -> None:
         for listener in self.listeners:
@@ -310,7 +344,6 @@ class Trainer:
         metrics = result.metrics
         is_best = not metrics.auc <= self.best_auc  # an undefined AUC (one class) counts as new
         self.best_auc = max(self.best_auc, metrics.auc)
-        self.best_accuracy = max(self.best_accuracy, metrics.accuracy)
         self._save(is_best)
         evaluation = Evaluation(
             self.position,
@@ -318,8 +351,6 @@ class Trainer:
             self.config.selection_split,
             metrics,
             is_best,
-            self.best_auc,
-            self.best_accuracy,
             self.train_loss,
             self.model,
             self.optimizer,
@@ -341,10 +372,12 @@ class Trainer:
             self.config.model,
             self.run.schema.fingerprint,
             self.config.optimizer.optimizer,
+            self.data.manifest.fingerprint,
+            self.config.mini_batch_size,
         )
         save_checkpoint(self.run.checkpoint("newest"), tensors, info)
         if is_best:
-            link_checkpoint(self.run.checkpoint("newest"), self.run.checkpoint("best"))
+            link_or_copy(self.run.checkpoint("newest"), self.run.checkpoint("best"))
 
 
 class _Meter:
