@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,13 +76,7 @@ def scratch(clone: Path) -> Path:
     return folder
 
 
-def run_blocks(page: Path, folder: Path) -> None:
-    # A thread a process, as two pages run at a time; and none that spins while it waits.
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
+def run_blocks(page: Path, folder: Path, environment: dict[str, str]) -> None:
     for block in read_blocks(page):
         if block.kind not in ("bash", "python"):
             continue
@@ -100,10 +95,36 @@ def run_blocks(page: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables under which ``dlrm`` is quick to start and its threads do not wait busily."""
+    folder = tmp_path_factory.mktemp("bin")
+    path, program = folder / "socket", REPOSITORY / "tests" / "warm_dlrm.py"
+    variables = os.environ | {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",  # two pages run at a time
+        "OMP_WAIT_POLICY": "passive",
+    }
+    command = shlex.join([sys.executable, "-S", "-E", str(program), "call", str(path)])
+    (folder / "dlrm").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    (folder / "dlrm").chmod(0o755)
+    server = subprocess.Popen([sys.executable, program, "serve", path], env=variables)
+    try:
+        while not path.exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield variables
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
 def running(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    environment: dict[str, str],
 ) -> Iterator[dict[Path, Future[None]]]:
-    """The selected pages, run as many at a time as there are cores: most of it is starting."""
+    """The selected pages, run as many at a time as there are cores."""
     chosen = [
         item.callspec.params["page"]
         for item in request.session.items
@@ -111,7 +132,9 @@ def running(
     ]
     with ThreadPoolExecutor(available_cores()) as pool:
         yield {
-            page: pool.submit(run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)))
+            page: pool.submit(
+                run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)), environment
+            )
             for page in chosen
         }
 
