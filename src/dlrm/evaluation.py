@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dlrm.errors import UserError
 from dlrm.metrics import Metrics, compute_metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.model.score import score
+from dlrm.progress import progress
 from dlrm.runs import Run, Which
 from dlrm.schema import SPLITS, FeatureSchema, Split
 
@@ -52,7 +54,10 @@ def evaluate_split(
     batches = data.batches(
         split, config.evaluation_batch_size, schema=schema, num_batches=num_batches
     )
-    scored = score(model, batches, config.loss)
+    count = math.ceil(data.rows(split) / config.evaluation_batch_size)
+    count = min(count, num_batches) if num_batches else count
+    shown = progress(f"evaluate {split}", count, batches, unit="batches")
+    scored = score(model, shown, config.loss)
     metrics = compute_metrics(scored.labels, scored.probabilities)
     return SplitResult(metrics, scored.probabilities, scored.unknown_ids)
 

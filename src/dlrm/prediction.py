@@ -23,6 +23,7 @@ from dlrm.files import atomic_write
 from dlrm.metrics import Metrics, compute_metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.model.score import score_batch
+from dlrm.progress import progress
 from dlrm.runs import Run, Which
 from dlrm.schema import FeatureSchema
 
@@ -158,8 +159,11 @@ def predict_file(
         schema = pa.schema([("Id", pa.int64()), ("Predicted", pa.float32())])
         options = pa.csv.WriteOptions(quoting_style="none", include_header=False)
         file.write(b"Id,Predicted\n")
-        with pa.csv.CSVWriter(file, schema, write_options=options) as writer:
-            for block in criteo.read_blocks(source):
+        with (
+            pa.csv.CSVWriter(file, schema, write_options=options) as writer,
+            progress("predict", source.stat().st_size, unit="B", unit_scale=True) as bar,
+        ):
+            for block in criteo.read_blocks(source, observe=lambda run: bar.update(len(run))):
                 if first_id is None:
                     first_id = FIRST_SUBMISSION_ID if block.labels is None else 0
                 probabilities, unknown_in_block = predictor.predict_rows(block.dense, block.sparse)

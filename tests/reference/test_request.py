@@ -127,7 +127,7 @@ def test_what_a_flag_sets(flags: str, expected: dict[str, Any]) -> None:
     ("flags", "expected"),
     [
         ("--data-randomize=none", PrepareConfig(shuffle="none")),
-        ("--data-randomize=none --numpy-rand-seed=7", PrepareConfig(shuffle="none")),
+        ("--data-randomize=none --numpy-rand-seed=7", PrepareConfig(shuffle="none", seed=7)),
         ("--data-randomize=day", PrepareConfig(shuffle="reference-day")),
         ("--numpy-rand-seed=7", PrepareConfig(shuffle="reference", seed=7)),
         ("--max-ind-range=100", PrepareConfig(shuffle="reference", max_ind_range=100)),

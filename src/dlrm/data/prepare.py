@@ -14,11 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from dlrm.config import PrepareConfig
 from dlrm.data import criteo, reference_npz, vocabulary
@@ -28,6 +26,7 @@ from dlrm.data.vocabulary import Vocabulary
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import environment_faults, locked, sha256
+from dlrm.progress import progress
 from dlrm.schema import FeatureSchema
 
 logger = logging.getLogger("dlrm")
@@ -178,12 +177,12 @@ def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
     dense_blocks: list[npt.NDArray[np.int32]] = []
     sparse_blocks: list[npt.NDArray[np.uint32]] = []
 
-    with _progress("read", file.stat().st_size, unit="B", unit_scale=True) as progress:
+    with progress("read", file.stat().st_size, unit="B", unit_scale=True) as bar:
 
         def observe(chunk: bytes) -> None:
             nonlocal last
             digest.update(chunk)
-            progress.update(len(chunk))
+            bar.update(len(chunk))
             last = chunk[-1:]
 
         for block in criteo.read_blocks(file, labelled=True, observe=observe):
@@ -204,7 +203,7 @@ def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
     with ThreadPoolExecutor(available_cores()) as pool:
         features = range(len(criteo.SPARSE_NAMES))
         vocabularies = list(
-            _progress("fit", len(features), pool.map(fit, features), unit="vocabularies")
+            progress("fit", len(features), pool.map(fit, features), unit="vocabularies")
         )
     schema = criteo.schema(tuple(map(len, vocabularies)), RULE, value_modulus=config.max_ind_range)
     rows = Rows(labels, dense, sparse)
@@ -239,14 +238,14 @@ def _write(
             options=config,
             days=split.days,
         ) as writer,
-        _progress("write", len(raw.rows), unit="rows", unit_scale=True) as progress,
+        progress("write", len(raw.rows), unit="rows", unit_scale=True) as bar,
     ):
 
         def runs(indices: npt.NDArray[np.int64]) -> Iterator[Rows]:
             for start in range(0, len(indices), step):
                 run = raw.rows[indices[start : start + step]]
                 yield run
-                progress.update(len(run))
+                bar.update(len(run))
 
         writer.append("train", runs(order))
         writer.append("validation", runs(np.array(split.validation)))
@@ -303,8 +302,3 @@ def _is_same(made_from: Source, now: Source, file: Path) -> bool:
     return made_from.bytes == now.bytes and (
         made_from.mtime_ns == now.mtime_ns or made_from.sha256 == sha256(file)
     )
-
-
-def _progress(description: str, total: int, items: Any = None, **options: Any) -> Any:
-    """Return a progress bar, which is seen after two seconds, and in a terminal only."""
-    return tqdm(items, description, total, delay=2, disable=None, leave=False, **options)

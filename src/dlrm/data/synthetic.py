@@ -9,7 +9,6 @@ Notation: B rows of a block, F = 26 sparse features. Inside a block, arrays are 
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +36,7 @@ from dlrm.files import (
     write_json,
 )
 from dlrm.metrics import compute_metrics
+from dlrm.progress import progress
 
 # Rounded aggregates of Criteo's Kaggle data. Dense: rate of missing values, then mean and standard
 # deviation of log(max(x, 0) + 1).
@@ -511,30 +511,22 @@ def _write(directory: Path, config: SynthesizeConfig) -> Truth:
 
     with ExitStack() as stack:
         files = {name: stack.enter_context(atomic_write(directory / name)) for name in _DATA_FILES}
-        progress = stack.enter_context(
-            tqdm(
-                desc="synthesize",
-                total=config.rows + config.test_rows,
-                unit="row",
-                unit_scale=True,
-                delay=2,
-                disable=not sys.stderr.isatty(),
-            )
-        )
+        rows = config.rows + config.test_rows
+        bar = stack.enter_context(progress("synthesize", rows, unit="rows", unit_scale=True))
         pool = stack.enter_context(ThreadPoolExecutor(available_cores()))
         labels, probabilities = _write_rows(
             _blocks(pool, block, _Stream.TRAIN, config.rows),
             config.rows,
             files["train.txt"],
             files["probabilities.arrow"],
-            progress,
+            bar,
         )
         _write_rows(
             _blocks(pool, block, _Stream.TEST, config.test_rows),
             config.test_rows,
             files["test.txt"],
             files["test_probabilities.arrow"],
-            progress,
+            bar,
         )
         split = split_rows(config.rows, "train.txt")
         train, validation, test = (
@@ -581,7 +573,7 @@ def _blocks(
 
 
 def _write_rows(
-    blocks: Iterator[_Block], rows: int, text: IO[bytes], table: IO[bytes], progress: tqdm[Any]
+    blocks: Iterator[_Block], rows: int, text: IO[bytes], table: IO[bytes], bar: tqdm[Any]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Write blocks to a text file and an Arrow table; return all labels and probabilities."""
     schema = pa.schema([("probability", pa.float32()), ("label", pa.uint8())])
@@ -596,7 +588,7 @@ def _write_rows(
             labels[first:end] = block.labels
             probabilities[first:end] = block.probabilities
             first = end
-            progress.update(len(block.labels))
+            bar.update(len(block.labels))
     return labels, probabilities
 
 

@@ -103,8 +103,6 @@ def parse(arguments: Sequence[str]) -> Request:
     else:
         prepare_settings = dict(settings)
     prepare_settings["shuffle"] = _SHUFFLES[values["data_randomize"]]
-    if prepare_settings["shuffle"] == "none":
-        del prepare_settings["seed"]  # without effect: another seed needs no other DATASET
     settings["report_checkpoint"] = "newest"
     settings["selection_split"] = "test"
     if settings["evaluation_batch_size"] < 0:
