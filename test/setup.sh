@@ -32,9 +32,9 @@ esac
 # What an environment was made of. It is written last, so that an interrupted installation has none.
 # The path counts, since the programs in .venv/bin name their interpreter by it.
 ingredients() { # PROFILE
-  local files=(test/setup.sh pyproject.toml requirements.txt)
+  local files=(test/setup.sh setup.py pyproject.toml requirements.txt)
   [[ $1 == run ]] || files+=(requirements-dev.txt)
-  (echo "$root" && cd "$root" && cat "${files[@]}") | sha256sum
+  (echo "$root" && cd "$root" && cat "${files[@]}" native/*) | sha256sum
 }
 
 runs() { "$venv/bin/python" "$@" >/dev/null 2>&1; }

@@ -51,8 +51,9 @@ class Copy:
 
     def __init__(self, folder: Path, repository: Path) -> None:
         self.root = folder / "a clone"  # with a space, as in "My Projects"
-        shutil.copytree(repository / "test", self.root / "test")
-        for name in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
+        for name in ("test", "native"):
+            shutil.copytree(repository / name, self.root / name)
+        for name in ("requirements.txt", "requirements-dev.txt", "pyproject.toml", "setup.py"):
             shutil.copy(repository / name, self.root)
         self.python = folder / "python3"
         self.python.write_text(FAKE_PYTHON)

@@ -1,0 +1,1 @@
+"""Native kernels, each with a plain twin that says what it computes."""

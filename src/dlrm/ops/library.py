@@ -1,0 +1,50 @@
+"""The native kernels' library: found, checked and loaded once, or else the reason why not."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dlrm.ops.stamp import make_stamp
+
+_LIBRARY = Path(__file__).with_name("_native.so")
+_SOURCES = Path(__file__).parents[3] / "native"
+_REBUILD = "Run `bash test/setup.sh`, or `pip install --no-build-isolation --editable .`"
+
+
+@dataclass(frozen=True)
+class Library:
+    """Whether there are native kernels."""
+
+    loaded: bool
+    """Whether ``torch.ops.dlrm`` has them."""
+    reason: str
+    """Why, or why not, in words."""
+
+
+@functools.cache
+def library() -> Library:
+    """Load the native kernels, if they are there and fit the sources and the version of torch."""
+    stamp_file = _LIBRARY.with_suffix(".json")
+    try:
+        stamp = json.loads(stamp_file.read_bytes())
+    except (OSError, ValueError):
+        return Library(False, f"the native kernels are not built. {_REBUILD}")
+    if failure := stamp.get("failure"):
+        return Library(False, f"{failure}. Install a C++ compiler, then build again: {_REBUILD}")
+    for what, expected in make_stamp(_SOURCES).items():
+        if stamp.get(what) != expected:
+            return Library(
+                False,
+                f"the native kernels were built with other {what}: {stamp.get(what)}, now "
+                f"{expected}. {_REBUILD}",
+            )
+    try:
+        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return Library(False, f"the native kernels cannot be loaded: {error}. {_REBUILD}")
+    return Library(True, "the native kernels are built and loaded")
