@@ -35,7 +35,7 @@ from dlrm.training.trainer import Trainer
 
 CARDINALITIES = cardinalities(1.0)
 """Kaggle's."""
-SCHEMA = criteo.schema(tuple(CARDINALITIES.tolist()), "none: made-up rows", value_modulus=0)
+SCHEMA = criteo.schema(tuple(CARDINALITIES.tolist()), "none: made-up rows")
 LAYERS = [
     *[(13, 512), (512, 256), (256, 64), (64, 16)],
     *[(368, 512), (512, 256), (256, 1)],

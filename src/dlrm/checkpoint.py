@@ -6,11 +6,9 @@ document, ``dlrm``, with the rest. It names no time, host or path, so equal runs
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import safetensors
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from dlrm.config import ModelConfig
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, atomic_write, check_version
+from dlrm.files import FORMAT_VERSION, check_version, write_safetensors
 from dlrm.model.dlrm import DLRM
 
 
@@ -57,9 +55,6 @@ _DTYPES = {torch.float32: "F32"}
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
     """Write a checkpoint; it appears complete or not at all.
 
-    The safetensors package renames a file of its own into place, without flushing it and under a
-    temporary name that a crash leaves behind; the format is a JSON header and the bytes.
-
     Args:
         path: A ``.safetensors`` file.
         tensors: Weights as ``model.NAME``, optimizer state as ``optimizer.NAME.STATE``.
@@ -68,23 +63,20 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointI
     Raises:
         EnvironmentFaultError: The disk is full or read-only.
     """
-    metadata = {"dlrm": msgspec.json.encode(info, order="deterministic").decode()}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = msgspec.json.encode(header)
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
-    with atomic_write(path) as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():  # one at a time: no copy of a model on another device
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+    write_safetensors(
+        path,
+        {
+            name: (_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes)
+            for name, tensor in tensors.items()
+        },
+        map(_content, tensors.values()),
+        {"dlrm": msgspec.json.encode(info, order="deterministic").decode()},
+    )
+
+
+def _content(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def read_info(path: Path) -> CheckpointInfo:

@@ -81,13 +81,34 @@ class PrepareConfig:
     """How raw rows become a DATASET."""
 
     shuffle: Shuffle = "total"
-    """Stored order of the training rows: as in the file (none), shuffled within each day (day) or
+    """Stored order of the training rows: as in the source (none), shuffled within each day (day) or
     across all training days (total); reference and reference-day are the permutations that the
     reference implementation draws from the same seed for its 'total' and 'day'."""
     seed: int = 123
-    """Seed of the shuffle."""
+    """Seed of the shuffle and of --data-sub-sample-rate."""
+    split: Literal["auto", "days", "rows", "none"] = "auto"
+    """What is held back from training. days: of the last day (file), the first half is test and the
+    second validation; rows: the same of the last of 7 equal runs of rows; none: nothing. auto: rows
+    for a train.txt, days for day_0, day_1 …"""
+    days: tuple[int, ...] = ()
+    """Of a folder with day_0, day_1 …, use only these, in this order; by default all, ascending."""
+    vocabulary: Literal["all", "train"] = "all"
+    """Number the values of all rows, as the reference does, or only those that occur in training
+    rows: others then share one more row of the table, the 'other' slot."""
+    min_frequency: int = 1
+    """Values that occur less often than this share the 'other' slot."""
     max_ind_range: int = 0
     """Take every raw categorical value modulo this number before numbering it; 0: leave it."""
+    hash_buckets: int = 0
+    """Hash every categorical value into so many rows of each table, without any vocabulary; 0:
+    number the values."""
+    data_sub_sample_rate: float = 0.0
+    """Drop a row that was not clicked with this probability, on every day, those of test and
+    validation too."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a malformed row: stop, or skip and count it."""
+    max_bad_rows: int = 1000
+    """With --bad-rows skip, stop when there are more than so many."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -96,6 +117,25 @@ class PrepareConfig:
         require(
             0 <= self.max_ind_range < 2**31,
             f"--max-ind-range must be in 0 … 2**31-1 (0: no limit); got {self.max_ind_range}",
+        )
+        require(
+            0 <= self.hash_buckets < 2**31,
+            f"--hash-buckets must be in 0 … 2**31-1 (0: no hashing); got {self.hash_buckets}",
+        )
+        require(self.min_frequency >= 1, f"--min-frequency must be ≥ 1; got {self.min_frequency}")
+        require(
+            0 <= self.data_sub_sample_rate < 1,
+            f"--data-sub-sample-rate must be in [0, 1); got {self.data_sub_sample_rate}",
+        )
+        require(self.max_bad_rows >= 0, f"--max-bad-rows must be ≥ 0; got {self.max_bad_rows}")
+        require(
+            min(self.days, default=0) >= 0 and len(set(self.days)) == len(self.days),
+            f"--days must be different numbers, none negative; got {self.days}",
+        )
+        require(
+            not self.hash_buckets or (self.vocabulary == "all" and self.min_frequency == 1),
+            "--hash-buckets needs no vocabulary, so it goes with neither --vocabulary train nor "
+            "--min-frequency",
         )
 
 

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -16,6 +17,7 @@ import msgspec
 
 from dlrm.errors import EnvironmentFaultError, UserError
 
+Buffer = bytes | memoryview
 T = TypeVar("T")
 
 # Faults of the machine rather than of the user's input, and what helps.
@@ -98,6 +100,39 @@ def link_or_copy(source: Path, target: Path) -> None:
             flush_folder(target.parent)
 
 
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[str, Sequence[int], int]],
+    contents: Iterable[Buffer],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file; it appears complete or not at all.
+
+    The safetensors package renames a file of its own into place, without flushing it and under a
+    temporary name that a crash leaves behind; the format is a JSON header and the bytes.
+
+    Args:
+        path: The file.
+        tensors: By name: the format's name of its type, its shape, its bytes.
+        contents: The bytes of each tensor, in the same order; one at a time is asked for.
+        metadata: Texts by name.
+
+    Raises:
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (kind, shape, size) in tensors.items():
+        start, end = end, end + size
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    encoded = msgspec.json.encode(header)
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    with atomic_write(path) as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for content in contents:
+            file.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value that msgspec can encode, indented, atomically."""
     with atomic_write(path) as file:
@@ -135,7 +170,8 @@ class _Versioned(msgspec.Struct):
     format_version: str
 
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
+"""1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET."""
 
 
 def check_version(found: str, path: Path) -> None:

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from dlrm.config import PrepareConfig, TrainConfig
-from dlrm.data.prepare import estimate_bytes, estimate_rows, prepare, raw_file, size_text
+from dlrm.data.prepare import prepare
+from dlrm.data.sources import raw_source
 from dlrm.prediction import load, predict_file
 from dlrm.runs import RunResult
 from dlrm.training.events import Console
@@ -36,20 +37,15 @@ def run_all(
         EnvironmentFaultError: The disk is too small or fails, or the device is missing.
     """
     refuse_taken(run)
-    raw = raw_file(source)
+    raw = raw_source(source, prepare_config)
     dataset = dataset or run / "dataset"
-    test = raw.with_name("test.txt")
+    test = raw.files[0].path.with_name("test.txt")
     stages = [f"prepare {dataset}", f"train and evaluate in {run}"]
     if test.exists():
         stages.append(f"predict {test} into {run / 'submission.csv'}")
-    if rows := estimate_rows(raw):
-        size = size_text(estimate_bytes(rows))
-        logger.info("plan: about %d rows, %s of prepared data", rows, size)
-    else:
-        logger.info("plan:")
     for number, stage in enumerate(stages, start=1):
         logger.info("  %d. %s", number, stage)
-    prepare(raw, dataset, prepare_config)
+    prepare(source, dataset, prepare_config)
     result = train(dataset, run, train_config, [Console()])
     if test.exists():
         summary = predict_file(load(run), test, run / "submission.csv")

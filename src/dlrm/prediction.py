@@ -37,8 +37,8 @@ class PredictionSummary:
 
     rows: int
     unknown_ids: dict[str, int]
-    """By sparse feature with any: values never seen when vocabularies were fitted, taken as empty
-    bags."""
+    """By sparse feature with any: values that the vocabulary lacks, taken as the feature's 'other'
+    slot or, where it has none, as empty bags."""
     metrics: Metrics | None
     """Where the rows have labels."""
 
@@ -87,14 +87,14 @@ class Predictor:
         Returns:
             Probabilities, (n,), and for each sparse feature, (F,), how many values were unknown.
         """
-        ids = self._encoder.encode(values)
+        ids, unknown = self._encoder.encode(values)
         step = self.config.evaluation_batch_size
         parts = [np.zeros(0, np.float32)]
         for start in range(0, len(dense), step):
             rows = slice(start, start + step)
             batch = make_batch(self.schema, dense[rows], ids[rows], None)
             parts.append(score_batch(self.model, batch, self.config.loss))
-        return np.concatenate(parts), (ids < 0).sum(axis=0)
+        return np.concatenate(parts), unknown
 
 
 def load(

@@ -48,6 +48,11 @@ class SparseFeature:
     """Raw values were taken modulo this before they were numbered; 0: as they are."""
     id_modulus: int = 0
     """Ids are taken modulo this when a batch is made; 0: as they are."""
+    other_id: int = -1
+    """The id of values that have none of their own, the 'other' slot; -1: they are an empty bag."""
+    hash_buckets: int = 0
+    """Raw values are hashed into so many ids (``data.vocabulary.hashed``), without a vocabulary; 0:
+    they are not hashed."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,18 @@ class FeatureSchema:
 
         Neither the wording of the split rule nor the format's version changes what a model takes.
         """
-        meaning = (self.label, self.dense, self.sparse, self.source_format)
-        content = msgspec.json.encode(meaning, order="deterministic")
-        return dataclasses.replace(self, fingerprint=hashlib.sha256(content).hexdigest())
+        # What format 1.0 did not have yet counts only where it is used, so that the fingerprints
+        # of its datasets stay what they are.
+        sparse = []
+        for feature in self.sparse:
+            content = dataclasses.asdict(feature)
+            for name, idle in (("other_id", -1), ("hash_buckets", 0)):
+                if content[name] == idle:
+                    del content[name]
+            sparse.append(content)
+        meaning = (self.label, self.dense, sparse, self.source_format)
+        encoded = msgspec.json.encode(meaning, order="deterministic")
+        return dataclasses.replace(self, fingerprint=hashlib.sha256(encoded).hexdigest())
 
     def with_max_ind_range(self, max_ind_range: int) -> FeatureSchema:
         """Return the schema whose ids are taken modulo ``max_ind_range`` (0: unchanged)."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,13 @@ Int32Array = npt.NDArray[np.int32]
 UInt32Array = npt.NDArray[np.uint32]
 
 
+@dataclass(frozen=True)
+class Start:
+    offset: int = 0
+    line: int = 0
+    row: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class RawBlock:
     """Consecutive rows as they are in the file, n of them.
@@ -71,27 +78,28 @@ class RawBlock:
     labels: npt.NDArray[np.uint8] | None
     dense: Int32Array
     sparse: UInt32Array
+    lines: int = 0
+    end: int = 0
+    rejected: tuple[Any, ...] = ()
+    missing: Any = 0
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.dense)
 
 
-def schema(
-    num_embeddings: tuple[int, ...], split_rule: str, *, value_modulus: int
-) -> FeatureSchema:
+def schema(num_embeddings: tuple[int, ...], split_rule: str) -> FeatureSchema:
     """Describe Criteo's features.
 
     Args:
         num_embeddings: Rows of each of the 26 tables.
         split_rule: How rows are split, in words.
-        value_modulus: Ids were taken modulo this before they were numbered; 0: as they are.
     """
     return FeatureSchema(
         label=LABEL,
         dense=tuple(DenseFeature(name) for name in DENSE_NAMES),
         sparse=tuple(
-            SparseFeature(name, count, value_modulus=value_modulus)
+            SparseFeature(name, count)
             for name, count in zip(SPARSE_NAMES, num_embeddings, strict=True)
         ),
         source_format=SOURCE_FORMAT,
@@ -105,6 +113,8 @@ def read_blocks(
     labelled: bool | None = None,
     block_bytes: int = BLOCK_BYTES,
     observe: Callable[[bytes], None] | None = None,
+    start: Start = Start(),
+    bad_rows: str = "error",
 ) -> Iterator[RawBlock]:
     """Read a file of rows in order, parsing blocks on as many threads as there are cores.
 
@@ -122,6 +132,9 @@ def read_blocks(
         EnvironmentFaultError: The file cannot be read.
     """
     with environment_faults(f"read {path}"), _open(path) as file:
+        file.seek(start.offset)
+        end = start.offset
+        sizes: deque[int] = deque()
         lines = _whole_lines(path, file, block_bytes, observe)
         first = next(lines, b"")
         if not first:
@@ -137,18 +150,21 @@ def read_blocks(
             labelled = _has_label(path, first)
         width = len(DENSE_NAMES) + len(SPARSE_NAMES) + int(labelled)
         cores = available_cores()
-        first_row = 0
+        first_row = start.row
+        sizes.append(len(first))
         with ThreadPoolExecutor(cores) as pool:
             parsing: deque[Future[_Columns]] = deque([pool.submit(_parse, first, width)])
             while parsing:
                 # One block more than there are cores, so that none waits for the reader.
                 while len(parsing) <= cores and (block := next(lines, b"")):
                     parsing.append(pool.submit(_parse, block, width))
+                    sizes.append(len(block))
                 try:
                     labels, dense, sparse = parsing.popleft().result()
                 except _BadFieldError as bad:
                     raise UserError(bad.message(path, first_row, labelled, inferred)) from None
-                yield RawBlock(first_row, labels, dense, sparse)
+                end += sizes.popleft()
+                yield RawBlock(first_row, labels, dense, sparse, lines=len(dense), end=end)
                 first_row += len(dense)
 
 
@@ -408,3 +424,7 @@ def _shown(field: bytes) -> str:
     """Return a field as it may stand in a message."""
     shown = repr(field)[1:]
     return shown if len(shown) <= 42 else shown[:40] + "…"
+
+
+def is_gzip(path: Path) -> bool:
+    return open(path, "rb").read(2) == b"\x1f\x8b"

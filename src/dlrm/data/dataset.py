@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 import os
 import queue
 import shutil
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dlrm.config import PrepareConfig
 from dlrm.data.batch import Batch, make_batch
-from dlrm.data.vocabulary import Vocabulary
+from dlrm.data.spool import RejectedRow
 from dlrm.errors import UserError
 from dlrm.files import (
     FORMAT_VERSION,
@@ -31,15 +31,14 @@ from dlrm.files import (
     link_or_copy,
     locked,
     read_json,
-    sha256,
     write_json,
 )
 from dlrm.schema import SPLITS, FeatureSchema, Split, read_schema, write_schema
 
 BLOCK_BYTES = 8 << 20
 """Bytes of a record batch: what is read, checked and transformed at a time."""
-PART_BYTES = 256 << 20
-"""Bytes of a part, about."""
+PART_BYTES = 128 << 20
+"""Bytes of a part, about: what preparation shuffles in memory at a time."""
 BLOCKS_AHEAD = 2
 """Blocks that the background thread keeps ready."""
 
@@ -123,7 +122,18 @@ class Manifest:
     options: PrepareConfig | None = None
     days: tuple[int, ...] = ()
     """Rows of each day of the sources."""
+    day_clicks: tuple[int, ...] = ()
+    """Clicked rows of each day."""
+    missing: tuple[int, ...] = ()
+    """Of each dense feature, the rows in which it is missing."""
+    rows_dropped: int = 0
+    """Rows without a click that --data-sub-sample-rate dropped."""
     rows_rejected: int = 0
+    """Malformed rows that were skipped."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Those rows, by what was wrong."""
+    rejected_examples: tuple[RejectedRow, ...] = ()
+    """The first of them."""
     format_version: str = FORMAT_VERSION
 
     @property
@@ -136,7 +146,8 @@ class Manifest:
     @property
     def train_days(self) -> tuple[int, ...]:
         """Rows of each training day."""
-        return self.days[:-1]
+        held_back = self.splits["validation"].rows + self.splits["test"].rows
+        return self.days[:-1] if held_back else self.days
 
 
 @dataclass(frozen=True)
@@ -333,7 +344,7 @@ def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]
             if reader.schema != expected:
                 raise _damaged(path, f"expected the columns {expected}, got {reader.schema}")
             for index in range(reader.num_record_batches):
-                run = _rows_of(reader.get_batch(index))
+                run = rows_of(reader.get_batch(index))
                 if len(run) and (
                     run.labels.max() > 1
                     or (run.sparse.max(axis=0, initial=-1) >= limits).any()
@@ -368,11 +379,16 @@ def _list_of(length: int) -> pa.DataType:
     return pa.list_(pa.field("item", pa.int32(), nullable=False), length)
 
 
-def _rows_of(batch: pa.RecordBatch) -> Rows:
+def rows_of(batch: pa.RecordBatch) -> Rows:
+    """Return the rows of a record batch whose first columns are those of ``stored_columns``.
+
+    Raises:
+        pyarrow.ArrowInvalid: It is damaged.
+    """
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise pa.ArrowInvalid("values are missing")
-    labels, dense, sparse = batch.columns
+    labels, dense, sparse, *_ = batch.columns
     return Rows(
         labels.to_numpy(),
         dense.flatten().to_numpy().reshape(len(batch), -1),
@@ -382,132 +398,130 @@ def _rows_of(batch: pa.RecordBatch) -> Rows:
 
 def block_rows(schema: FeatureSchema) -> int:
     """Return how many rows a record batch has."""
-    return max(1, BLOCK_BYTES // _row_bytes(schema))
+    return max(1, BLOCK_BYTES // row_bytes(schema))
 
 
-def _row_bytes(schema: FeatureSchema) -> int:
+def part_rows(schema: FeatureSchema) -> int:
+    """Return how many rows a part has, about."""
+    return max(1, PART_BYTES // row_bytes(schema))
+
+
+def row_bytes(schema: FeatureSchema) -> int:
+    """Return how many bytes a stored row takes."""
     return 1 + 4 * (len(schema.dense) + len(schema.sparse))
 
 
-class DatasetWriter:
-    """Writes the rows of a DATASET; see ``new_dataset``.
+@dataclass(frozen=True)
+class WrittenPart:
+    """A part as it was written."""
+
+    part: Part
+    clicks: int
+    format_version: str = FORMAT_VERSION
+
+
+def part_name(split: Split, number: int) -> str:
+    """Return the path of a part within its DATASET."""
+    return f"{split}/part-{number:05}.arrow"
+
+
+def write_part(folder: Path, name: str, schema: FeatureSchema, runs: Iterable[Rows]) -> WrittenPart:
+    """Write a part of a DATASET.
 
     Args:
-        folder: An empty folder.
-        schema: What a row consists of, sealed.
+        folder: The DATASET, in which the split's folder is there.
+        name: From ``part_name``.
+        schema: What a row consists of.
+        runs: Each becomes a record batch; ``block_rows`` says how long one should be.
     """
-
-    def __init__(self, folder: Path, schema: FeatureSchema) -> None:
-        self.schema = schema
-        self._folder = folder
-        self._columns = stored_columns(schema)
-        self._parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
-        self._clicks: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-        for split in SPLITS:
-            (folder / split).mkdir()
-
-    def append(self, split: Split, runs: Iterable[Rows]) -> None:
-        """Store rows after those that the split has.
-
-        Args:
-            split: Where.
-            runs: Each becomes a record batch; ``block_rows`` says how long one should be.
-        """
-        part_rows = PART_BYTES // _row_bytes(self.schema)
-        remaining = iter(runs)
-        first = next(remaining, None)
-        while first is not None:
-            name = f"{split}/part-{len(self._parts[split]):05}.arrow"
-            path = self._folder / name
-            rows = 0
-            with atomic_write(path) as file, pa.ipc.new_file(file, self._columns) as writer:
-                while first is not None and rows < part_rows:
-                    writer.write_batch(self._record_batch(first))
-                    rows += len(first)
-                    self._clicks[split] += int(first.labels.sum())
-                    first = next(remaining, None)
-            part = Part(name, rows, path.stat().st_size, sha256(path))
-            self._parts[split].append(part)
-
-    def _record_batch(self, rows: Rows) -> pa.RecordBatch:
-        columns = [pa.array(rows.labels)]
-        for field, values in zip(("dense", "sparse"), (rows.dense, rows.sparse), strict=True):
-            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-            columns.append(
-                pa.FixedSizeListArray.from_arrays(flat, type=self._columns.field(field).type)
-            )
-        return pa.record_batch(columns, schema=self._columns)
-
-    def splits(self) -> dict[Split, StoredSplit]:
-        """Return what was written."""
-        return {
-            split: StoredSplit(sum(part.rows for part in parts), self._clicks[split], tuple(parts))
-            for split, parts in self._parts.items()
-        }
+    columns = stored_columns(schema)
+    rows = clicks = 0
+    with atomic_write(folder / name) as file:
+        hashing = _HashingFile(file)
+        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), columns) as writer:
+            for run in runs:
+                writer.write_batch(record_batch(run, columns))
+                rows += len(run)
+                clicks += int(run.labels.sum(dtype=np.int64))
+    return WrittenPart(Part(name, rows, hashing.bytes, hashing.sha256()), clicks)
 
 
-@contextmanager
-def new_dataset(
-    path: Path,
-    schema: FeatureSchema,
-    vocabularies: Sequence[Vocabulary] = (),
-    *,
-    overwrite: bool = False,
-    **description: Any,
-) -> Iterator[DatasetWriter]:
-    """Write a DATASET that appears under its name when the context ends without an exception.
+class _HashingFile:
+    """A file whose content is hashed while it is written."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, content: Any) -> int:
+        self._digest.update(content)
+        written = self._file.write(content)
+        self.bytes += written
+        return written
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        """What is written is flushed by whoever opened the file."""
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def record_batch(rows: Rows, columns: pa.Schema) -> pa.RecordBatch:
+    """Return rows as they are stored, in the columns of ``stored_columns``."""
+    arrays = [pa.array(rows.labels)]
+    for name, values in (("dense", rows.dense), ("sparse", rows.sparse)):
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=columns.field(name).type))
+    return pa.record_batch(arrays, schema=columns)
+
+
+def stored_split(parts: Iterable[WrittenPart]) -> StoredSplit:
+    """Describe a split by its parts, in order."""
+    written = tuple(parts)
+    return StoredSplit(
+        sum(each.part.rows for each in written),
+        sum(each.clicks for each in written),
+        tuple(each.part for each in written),
+    )
+
+
+def publish(
+    partial: Path, path: Path, schema: FeatureSchema, manifest: Manifest, *, overwrite: bool = False
+) -> None:
+    """Let a DATASET whose parts and vocabularies are written appear under its name.
 
     Hold the lock of ``path`` meanwhile (``files.locked``).
 
     Args:
-        path: The folder to make.
-        schema: What a row consists of.
-        vocabularies: One for each sparse feature, or none.
+        partial: The folder in which it was written, on the same file system.
+        path: Where it appears.
+        schema: Sealed.
+        manifest: Names everything.
         overwrite: Replace a DATASET that is there.
-        description: Fields of the Manifest: sources, options, days, rows_rejected.
 
     Raises:
         UserError: There is something at ``path`` already.
-        EnvironmentFaultError: The disk is full or read-only.
+        EnvironmentFaultError: The disk is full or fails.
     """
     refuse_taken(path, overwrite=overwrite)
-    partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
-    with environment_faults(f"write to {path.parent}"), ExitStack() as undo:
-        undo.callback(shutil.rmtree, partial, ignore_errors=True)
-        for leftover in (partial, replaced):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        writer = DatasetWriter(partial, _write_description(partial, schema, vocabularies))
-        yield writer
-        manifest = Manifest(writer.splits(), writer.schema.fingerprint, **description)
+    with environment_faults(f"write to {path.parent}"):
+        write_schema(partial, schema)
         write_json(partial / "manifest.json", manifest)
         for folder in (*(partial / split for split in SPLITS), partial):
             flush_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed
         if path.exists():
             os.replace(path, replaced)
         os.replace(partial, path)
         flush_folder(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_description(
-    folder: Path, schema: FeatureSchema, vocabularies: Sequence[Vocabulary]
-) -> FeatureSchema:
-    """Write vocabularies and the schema, which is returned as written."""
-    if vocabularies:
-        (folder / "vocabulary").mkdir()
-        features = []
-        for feature, vocabulary in zip(schema.sparse, vocabularies, strict=True):
-            name = f"{feature.name}.arrow"
-            checksum = vocabulary.write(folder / "vocabulary" / name)
-            features.append(
-                dataclasses.replace(feature, vocabulary=name, vocabulary_sha256=checksum)
-            )
-        schema = dataclasses.replace(schema, sparse=tuple(features))
-    schema = schema.sealed()
-    write_schema(folder, schema)
-    return schema
 
 
 def refuse_taken(path: Path, *, overwrite: bool) -> None:
@@ -548,10 +562,41 @@ def write_dataset(
         UserError: There is something at ``path`` already.
         EnvironmentFaultError: The disk is full or read-only.
     """
-    with locked(path, "dataset"), new_dataset(path, schema) as writer:
-        for split, runs in rows.items():
-            writer.append(split, runs)
+    schema = schema.sealed()
+    partial = path.with_name(f".{path.name}.partial")
+    with locked(path, "dataset"), environment_faults(f"write to {path.parent}"):
+        refuse_taken(path, overwrite=False)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        try:
+            splits: dict[Split, StoredSplit] = {}
+            for split in SPLITS:
+                (partial / split).mkdir(parents=True)
+                written = _write_parts(partial, split, schema, iter(rows.get(split, ())))
+                splits[split] = stored_split(written)
+            publish(partial, path, schema, Manifest(splits, schema.fingerprint))
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return Dataset.open(path)
+
+
+def _write_parts(
+    folder: Path, split: Split, schema: FeatureSchema, runs: Iterator[Rows]
+) -> Iterator[WrittenPart]:
+    for number in itertools.count():
+        first = next(runs, None)
+        if first is None:
+            return
+        limited = _up_to(part_rows(schema), first, runs)
+        yield write_part(folder, part_name(split, number), schema, limited)
+
+
+def _up_to(rows: int, first: Rows, runs: Iterator[Rows]) -> Iterator[Rows]:
+    """Return runs until they have so many rows."""
+    yield first
+    taken = len(first)
+    while taken < rows and (run := next(runs, None)) is not None:
+        yield run
+        taken += len(run)
 
 
 def copy_description(source: Path, target: Path, schema: FeatureSchema) -> None:

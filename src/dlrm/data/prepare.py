@@ -1,39 +1,81 @@
-"""Raw rows to a DATASET: read, fit vocabularies, split, order, write.
+"""A source to a DATASET, in four stages that each leave finished files behind.
 
-Rows are held in memory meanwhile: up to about 400 bytes each, while vocabularies are fitted.
+    read      the source → a spool of numbered rows       (data/reading.py)
+    fit       numbers → vocabularies and ids              (data/fitting.py)
+    arrange   the spool → runs, sorted by part            (data/arranging.py)
+    write     runs and spool → the parts of each split    (data/arranging.py)
+
+Memory is bounded: a segment, a run and a part are of limited size, and the tables of values start
+anew when they reach theirs. What is being made lies in a hidden folder beside the DATASET; when a
+preparation was interrupted, the same command finds there what is finished, and goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
+import math
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from dlrm.config import PrepareConfig
-from dlrm.data import criteo, reference_npz, vocabulary
-from dlrm.data.dataset import Dataset, Rows, Source, block_rows, new_dataset, refuse_taken
-from dlrm.data.splits import RULE, split_rows, training_order
-from dlrm.data.vocabulary import Vocabulary
+from dlrm.data import criteo
+from dlrm.data.arranging import Arranger
+from dlrm.data.dataset import (
+    Dataset,
+    Manifest,
+    Rows,
+    Source,
+    StoredSplit,
+    WrittenPart,
+    part_name,
+    part_rows,
+    publish,
+    refuse_taken,
+    row_bytes,
+    stored_split,
+    write_part,
+)
+from dlrm.data.fitting import FittedFeature, fit_feature
+from dlrm.data.reading import read_raw
+from dlrm.data.sources import PIPE, RawSource, SourceFile, describe_file, raw_source, spool_pipe
+from dlrm.data.splits import RULES, SplitRows, StoredOrder, day_lengths, hold_back_last
+from dlrm.data.spool import Spool
+from dlrm.data.verification import verify
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
-from dlrm.files import environment_faults, locked, sha256
+from dlrm.files import FORMAT_VERSION, environment_faults, locked, read_json, sha256, write_json
 from dlrm.progress import progress
-from dlrm.schema import FeatureSchema
+from dlrm.schema import SPLITS, FeatureSchema, Split
+
+T = TypeVar("T")
 
 logger = logging.getLogger("dlrm")
 
+DEFAULT_MEMORY = 2 << 30
+MINIMUM_MEMORY = 1 << 30
 
 _DEFAULTS = PrepareConfig()
 _HEAD_BYTES = 1 << 20
+_RESERVED_BYTES = 480 << 20
+"""Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
+_WORKER_BYTES = 260 << 20
+"""What making one run or part takes, about."""
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_ROWS_PER_SECOND = 180_000
+"""A core's, about, for the first guess of a plan."""
+_RUNS = 64
+_MOST_SEGMENTS_PER_RUN = 4
 
 
 def prepare(
@@ -41,17 +83,22 @@ def prepare(
     dataset: Path | str,
     config: PrepareConfig = _DEFAULTS,
     *,
+    memory: int | str = DEFAULT_MEMORY,
     overwrite: bool = False,
 ) -> Dataset:
     """Turn raw rows into a DATASET.
 
-    A DATASET that was made from the same source with the same options is returned as it is.
+    A DATASET that was made from the same source with the same options is returned as it is, and an
+    interrupted preparation goes on where it stopped. The result does not depend on ``memory``, nor
+    on the number of cores, nor on interruptions.
 
     Args:
-        source: Criteo's train.txt, a folder that holds it, or a .npz that the reference
-            implementation prepared.
+        source: Criteo's train.txt, plain or compressed with gzip, a folder that holds it, a folder
+            with day_0, day_1 … of the 1TB click logs, one of these days, "-" for standard input, or
+            a .npz that the reference implementation prepared.
         dataset: The folder to make.
-        config: Shuffle, seed and limit of values.
+        config: Splits, order, and which values get an embedding of their own.
+        memory: The most memory to use, in bytes or as "2GiB"; at least 1 GiB.
         overwrite: Replace a DATASET that is there, whatever it was made from.
 
     Returns:
@@ -62,69 +109,76 @@ def prepare(
             is written then.
         EnvironmentFaultError: A disk fails, is too small or read-only.
     """
-    file, dataset = raw_file(Path(source)), Path(dataset)
+    memory = memory_bytes(memory)
+    dataset = Path(dataset)
+    is_pipe = str(source) == PIPE
+    found = None if is_pipe else raw_source(Path(source), config)
     # First without the lock, which a finished DATASET in a read-only place does not need.
-    if not overwrite and (found := _finished(dataset, file, config)):
-        return found
+    if found and not overwrite and (finished := _finished(dataset, found, config)):
+        return finished
     with _new_parents(dataset), locked(dataset, "dataset"):
-        if not overwrite and (found := _finished(dataset, file, config)):
-            return found
+        if found and not overwrite and (finished := _finished(dataset, found, config)):
+            return finished
         refuse_taken(dataset, overwrite=overwrite)
-        _require_space(dataset, estimate_bytes(estimate_rows(file)))
-        before = _identify(file)
-        raw = _read_npz(file, config) if file.suffix == ".npz" else _read_text(file, config)
-        if _identify(file) != before:
-            raise UserError(f"{file} changed while it was read. Prepare it once it is complete.")
-        described = dataclasses.replace(
-            before, sha256=raw.sha256, lacks_last_newline=raw.lacks_last_newline
-        )
-        _write(dataset, raw, described, config, overwrite=overwrite)
+        work = dataset.with_name(f".{dataset.name}.work")
+        if found is None:
+            found = _spooled_pipe(work, config)
+        preparation = _Preparation(found, dataset, work, config, memory, overwrite)
+        preparation.check()
+        with preparation.kept_if_worth_it():
+            preparation.run()
     return Dataset.open(dataset)
 
 
-def raw_file(source: Path) -> Path:
-    """Return the file that a source means.
+def memory_bytes(memory: int | str) -> int:
+    """Return a number of bytes given as such or as text: 2GiB, 1536 MiB, 4G.
 
     Raises:
-        UserError: There is none.
+        UserError: It is neither, or less than 1 GiB.
     """
-    if not source.exists():
-        raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
-    if not source.is_dir():
-        return source
-    file = source / "train.txt"
-    if file.is_file():
-        return file
-    if (source / "day_0").exists() or (source / "day_0.gz").exists():
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:iB|B)?\s*", memory, re.I)
+        if not match:
+            raise UserError(f"--memory: expected a size such as 2GiB or 1536MiB, got {memory!r}.")
+        memory = int(float(match[1]) * _UNITS[match[2].upper()])
+    if memory < MINIMUM_MEMORY:
         raise UserError(
-            f"{source} holds day_0, the 1TB click logs, which this version does not read. Name a "
-            "folder with the Kaggle challenge's train.txt."
+            f"--memory must be at least 1GiB, which preparation needs; got {memory} bytes."
         )
-    raise UserError(f"{source} is a folder without train.txt. Name the file, or its folder.")
+    return memory
 
 
-def estimate_rows(file: Path) -> int:
-    """Return about how many rows a source has, from the length of the first ones of a text.
+def estimate_rows(source: Path) -> int:
+    """Return about how many rows a file or folder of raw rows has, from the first of them.
 
-    Of a .npz that the reference prepared, and of a pipe, nothing is known beforehand: 0.
+    Of what another program prepared, of compressed files and of a pipe nothing is known beforehand:
+    0.
 
     Raises:
         EnvironmentFaultError: It cannot be read.
     """
-    if file.suffix == ".npz" or not file.is_file():
-        return 0
+    files = [source] if source.is_file() else []
+    return sum(map(_estimate_rows, files))
+
+
+def _estimate_rows(file: Path) -> int:
     with environment_faults(f"read {file}"):
         size = file.stat().st_size
         with open(file, "rb") as text:
             head = text.read(_HEAD_BYTES)
+    if b"\t" not in head or head.startswith(b"\x1f\x8b"):
+        return 0
     lines = head.count(b"\n")
     return round(size * lines / (head.rfind(b"\n") + 1)) if lines else 1
 
 
 def estimate_bytes(rows: int) -> int:
     """Return about how much disk the rows of a DATASET take."""
-    features = len(criteo.DENSE_NAMES) + len(criteo.SPARSE_NAMES)
-    return rows * (1 + 4 * features)
+    return rows * _stored_row_bytes()
+
+
+def _stored_row_bytes() -> int:
+    return row_bytes(criteo.schema((1,) * len(criteo.SPARSE_NAMES), ""))
 
 
 def size_text(size: int) -> str:
@@ -133,17 +187,6 @@ def size_text(size: int) -> str:
         if size >= length:
             return f"{size / length:.1f} {unit}"
     return f"{size / 1e3:.1f} kB"
-
-
-def _require_space(dataset: Path, needed: int) -> None:
-    folder = dataset.absolute().parent
-    with environment_faults(f"write to {folder}"):
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise EnvironmentFaultError(
-            f"{dataset} needs about {size_text(needed)} of disk, and {size_text(free)} are free in "
-            f"{folder}. Free some space, or choose another place."
-        )
 
 
 @contextmanager
@@ -159,108 +202,400 @@ def _new_parents(dataset: Path) -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True, eq=False)
-class _RawRows:
-    """A source read whole, its rows in their order."""
+def _spooled_pipe(work: Path, config: PrepareConfig) -> RawSource:
+    """Copy standard input to the disk, unless that was done before an interruption."""
+    spooled = work / "source.spool"
+    with environment_faults(f"write to {work}"):
+        work.mkdir(exist_ok=True)
+    if spooled.exists():
+        logger.info("going on with what came through the pipe before: %s", spooled)
+    else:
+        try:
+            spool_pipe(spooled)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    source = raw_source(spooled, config)
+    return dataclasses.replace(source, files=(describe_file(spooled, PIPE),))
 
-    rows: Rows
-    schema: FeatureSchema
-    vocabularies: Sequence[Vocabulary]
-    sha256: str
-    lacks_last_newline: bool = False
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a preparation was begun with; what it makes depends on nothing else."""
+
+    sources: tuple[Source, ...]
+    options: PrepareConfig
+    format_version: str = FORMAT_VERSION
 
 
-def _read_text(file: Path, config: PrepareConfig) -> _RawRows:
-    digest = hashlib.sha256()
-    last = b""
-    label_blocks: list[npt.NDArray[np.uint8]] = []
-    dense_blocks: list[npt.NDArray[np.int32]] = []
-    sparse_blocks: list[npt.NDArray[np.uint32]] = []
+class _Preparation:
+    """A DATASET in the making.
 
-    with progress("read", file.stat().st_size, unit="B", unit_scale=True) as bar:
+    Args:
+        source: Where its rows come from.
+        dataset: Where it goes.
+        work: The folder in which it is made.
+        config: How.
+        memory: The most to use, in bytes.
+        overwrite: Whether to replace what is there.
+    """
 
-        def observe(chunk: bytes) -> None:
-            nonlocal last
-            digest.update(chunk)
-            bar.update(len(chunk))
-            last = chunk[-1:]
+    def __init__(
+        self,
+        source: RawSource,
+        dataset: Path,
+        work: Path,
+        config: PrepareConfig,
+        memory: int,
+        overwrite: bool,
+    ) -> None:
+        self.source = source
+        self.dataset = dataset
+        self.work = work
+        self.config = config
+        self.memory = memory - _RESERVED_BYTES
+        self.overwrite = overwrite
+        self.partial = work / "dataset"
+        self.workers = max(1, min(available_cores(), self.memory // _WORKER_BYTES))
 
-        for block in criteo.read_blocks(file, labelled=True, observe=observe):
-            assert block.labels is not None  # it was read as labelled
-            label_blocks.append(block.labels)
-            dense_blocks.append(block.dense)
-            sparse_blocks.append(block.sparse)
-    split_rows(sum(map(len, label_blocks)), str(file))  # refuse too few before the work
-    labels, dense = np.concatenate(label_blocks), np.concatenate(dense_blocks)
-    dense_blocks.clear()  # its memory is what fitting needs
-    sparse = np.empty((len(labels), len(criteo.SPARSE_NAMES)), np.int32)
+    @contextmanager
+    def kept_if_worth_it(self) -> Iterator[None]:
+        """Leave nothing behind after an error, but what the same command can go on with."""
+        try:
+            yield
+        except UserError:
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise
+        except BaseException:
+            if (self.work / "spool" / "segment-00000.json").exists():
+                logger.warning(
+                    "%s is unfinished; the same command goes on with it (or delete %s)",
+                    self.dataset,
+                    self.work,
+                )
+            else:
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
 
-    def fit(feature: int) -> Vocabulary:
-        values = [block[:, feature] for block in sparse_blocks]
-        fitted, sparse[:, feature] = vocabulary.fit(values, value_modulus=config.max_ind_range)
-        return fitted
+    def check(self) -> None:
+        """Look at what an earlier process left and at the disk, and tell the plan.
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        features = range(len(criteo.SPARSE_NAMES))
-        vocabularies = list(
-            progress("fit", len(features), pool.map(fit, features), unit="vocabularies")
+        Raises:
+            UserError: What is there was begun with another source or other options.
+            EnvironmentFaultError: The disk is too small.
+        """
+        if self._inputs_file.exists():
+            begun = read_json(self._inputs_file, _Inputs, "preparation")
+            differences = _differences(begun.sources, begun.options, self.source, self.config)
+            if not differences:
+                logger.info("going on with the interrupted preparation of %s", self.dataset)
+            elif self.overwrite:
+                self._clear()
+            else:
+                raise UserError(
+                    f"{self.dataset} is half made already, by a preparation that was interrupted: "
+                    f"{'; '.join(differences)}. Repeat that command to go on with it, choose "
+                    "another DATASET, or start over with --overwrite."
+                )
+        self._tell_plan()
+
+    @property
+    def _inputs_file(self) -> Path:
+        return self.work / "inputs.json"
+
+    def _clear(self) -> None:
+        kept = {file.path for file in self.source.files}
+        for path in self.work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in kept:
+                path.unlink()
+
+    def _tell_plan(self) -> None:
+        rows = sum(_estimate_rows(file.path) for file in self.source.files)
+        made = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        folder = self.dataset.absolute().parent
+        with environment_faults(f"write to {folder}"):
+            free = shutil.disk_usage(folder).free
+        needed = _disk_bytes(rows, shuffled=self.config.shuffle != "none") - made
+        names = [file.name for file in self.source.files]
+        shown = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} files)"
+        logger.info(
+            "plan: %s, %s%s; a DATASET of about %s, with %s of disk while it is made (%s are "
+            "free); at most %s of memory%s",
+            shown,
+            size_text(self.source.bytes),
+            f", about {rows:,} rows" if rows else "",
+            size_text(estimate_bytes(rows)),
+            size_text(max(needed, 0)),
+            size_text(free),
+            size_text(self.memory + _RESERVED_BYTES),
+            f"; about {_duration(rows / _ROWS_PER_SECOND / available_cores())}" if rows else "",
         )
-    schema = criteo.schema(tuple(map(len, vocabularies)), RULE, value_modulus=config.max_ind_range)
-    rows = Rows(labels, dense, sparse)
-    return _RawRows(rows, schema, vocabularies, digest.hexdigest(), last != b"\n")
+        if free < needed:
+            raise EnvironmentFaultError(
+                f"{self.dataset} needs about {size_text(needed)} of disk while it is made, and "
+                f"{size_text(free)} are free in {folder}. Free some space, or choose another place."
+            )
 
-
-def _read_npz(file: Path, config: PrepareConfig) -> _RawRows:
-    if config.max_ind_range:
-        raise UserError(
-            f"--max-ind-range {config.max_ind_range} limits raw values, which {file} does not "
-            "hold. Prepare from train.txt, or limit ids with --max-ind-range of `dlrm train`."
-        )
-    rows, num_embeddings = reference_npz.read(file)
-    schema = criteo.schema(num_embeddings, RULE, value_modulus=0)
-    return _RawRows(rows, schema, (), sha256(file))
-
-
-def _write(
-    dataset: Path, raw: _RawRows, source: Source, config: PrepareConfig, *, overwrite: bool
-) -> None:
-    split = split_rows(len(raw.rows), source.name)
-    order = training_order(split.days[:-1], config.shuffle, config.seed)
-    step = block_rows(raw.schema)
-
-    with (
-        new_dataset(
-            dataset,
-            raw.schema,
-            raw.vocabularies,
-            overwrite=overwrite,
-            sources=(source,),
-            options=config,
+    def run(self) -> None:
+        """Go through all stages, from where an earlier process stopped."""
+        with environment_faults(f"write to {self.work}"):
+            for folder in (self.work, *(self.partial / split for split in SPLITS)):
+                folder.mkdir(parents=True, exist_ok=True)
+            sources = tuple(map(_as_source, self.source.files))
+            write_json(self._inputs_file, _Inputs(sources, self.config))
+            spool = Spool(self.work / "spool")
+        self._read(spool)
+        split = self._split(spool)
+        fitted = self._fit(spool, split)
+        schema = self._schema(fitted)
+        arranger = Arranger(spool, schema, fitted, self.work)
+        day_clicks = self._day_clicks(spool, split)
+        runs, parts = self._arrange(spool, split, schema, arranger)
+        splits = self._write(split, schema, arranger, runs, parts)
+        manifest = Manifest(
+            splits=splits,
+            schema_fingerprint=schema.fingerprint,
+            sources=self._sources(spool),
+            options=self.config,
             days=split.days,
-        ) as writer,
-        progress("write", len(raw.rows), unit="rows", unit_scale=True) as bar,
-    ):
+            day_clicks=day_clicks,
+            missing=tuple(np.sum([segment.missing for segment in spool.segments], axis=0).tolist()),
+            rows_dropped=sum(segment.candidates - segment.rows for segment in spool.segments),
+            rows_rejected=sum(sum(segment.rejected.values()) for segment in spool.segments),
+            rejected=_sum_counts([segment.rejected for segment in spool.segments]),
+            rejected_examples=tuple(row for each in spool.segments for row in each.examples),
+        )
+        verify(Dataset(self.partial, schema, manifest))
+        publish(self.partial, self.dataset, schema, manifest, overwrite=self.overwrite)
+        with environment_faults(f"write to {self.work}"):
+            shutil.rmtree(self.work)
 
-        def runs(indices: npt.NDArray[np.int64]) -> Iterator[Rows]:
-            for start in range(0, len(indices), step):
-                run = raw.rows[indices[start : start + step]]
-                yield run
-                bar.update(len(run))
+    def _read(self, spool: Spool) -> None:
+        last = spool.segments[-1] if spool.segments else None
+        if last and last.source_sha256 and last.file == len(self.source.files) - 1:
+            return
+        with progress("read", self.source.bytes, unit="B", unit_scale=True) as bar:
+            read_raw(self.source, spool, self.config, table_bytes=self.memory, progress=bar.update)
 
-        writer.append("train", runs(order))
-        writer.append("validation", runs(np.array(split.validation)))
-        writer.append("test", runs(np.array(split.test)))
+    def _split(self, spool: Spool) -> SplitRows:
+        """Cut the rows of the spool into days and splits.
+
+        Raises:
+            UserError: A split would be empty.
+        """
+        name = str(self.source.files[0].path if len(self.source.files) == 1 else "the source")
+        files = [0] * len(self.source.files)
+        for segment in spool.segments:
+            files[segment.file] += segment.rows
+        if self.source.split == "none":
+            split = SplitRows(tuple(files), 0, 0)
+        elif self.source.split == "days":
+            split = hold_back_last(tuple(files))
+        else:
+            last = spool.segments[-1]
+            # The days are cut before rows are dropped.
+            days = day_lengths(last.first_candidate + last.candidates, name)
+            ends = [_rows_before(spool, end) for end in np.cumsum(days).tolist()]
+            split = hold_back_last(tuple(np.diff([0, *ends]).tolist()))
+        for each, rows in split.ranges.items():
+            if not rows and (each == "train" or self.source.split != "none"):
+                raise UserError(
+                    f"{name} leaves no rows for the {each} split: its days have "
+                    f"{', '.join(map(str, split.days))} rows. Use more rows, or another --split."
+                )
+        return split
+
+    def _fit(self, spool: Spool, split: SplitRows) -> list[FittedFeature]:
+        if self.config.hash_buckets:
+            return []
+        with environment_faults(f"write to {self.work}"):
+            (self.partial / "vocabulary").mkdir(exist_ok=True)
+        train_rows = len(split.ranges["train"])
+
+        def fit(feature: int) -> FittedFeature:
+            return fit_feature(
+                spool,
+                feature,
+                self.partial / "vocabulary" / _vocabulary_name(feature),
+                self.work,
+                self.config,
+                train_rows=train_rows,
+                memory=self.memory // self.workers,
+            )
+
+        return self._each("fit", range(len(criteo.SPARSE_NAMES)), fit, "vocabularies")
+
+    def _schema(self, fitted: Sequence[FittedFeature]) -> FeatureSchema:
+        buckets = self.config.hash_buckets
+        sizes = [each.num_embeddings for each in fitted] or [buckets] * len(criteo.SPARSE_NAMES)
+        schema = criteo.schema(tuple(sizes), RULES[self.source.split])
+        sparse = [
+            dataclasses.replace(
+                feature, value_modulus=self.config.max_ind_range, hash_buckets=buckets
+            )
+            for feature in schema.sparse
+        ]
+        for index, each in enumerate(fitted):
+            sparse[index] = dataclasses.replace(
+                sparse[index],
+                vocabulary=_vocabulary_name(index),
+                vocabulary_sha256=each.vocabulary_sha256,
+                other_id=each.other_id,
+            )
+        return dataclasses.replace(schema, sparse=tuple(sparse)).sealed()
+
+    def _day_clicks(self, spool: Spool, split: SplitRows) -> tuple[int, ...]:
+        """Count the clicks of each day, unless that was done before segments were removed."""
+        record = self.work / "day_clicks.json"
+        if record.exists():
+            return read_json(record, _DayClicks, "preparation").clicks
+        clicks = [0] * len(split.days)
+        ends = np.cumsum(split.days)
+        for segment in spool.segments:
+            rows = np.arange(segment.first_row, segment.end_row)
+            days = np.searchsorted(ends, rows, side="right")
+            labels = spool.labels(segment.number)
+            for day, count in enumerate(np.bincount(days, labels, len(clicks))):
+                clicks[day] += int(count)
+        write_json(record, _DayClicks(tuple(clicks)))
+        return tuple(clicks)
+
+    def _arrange(
+        self, spool: Spool, split: SplitRows, schema: FeatureSchema, arranger: Arranger
+    ) -> tuple[list[Path], int]:
+        """Write runs of training rows; return them and the number of parts they are sorted by."""
+        if self.config.shuffle == "none":
+            return [], 0
+        train = split.ranges["train"]
+        order = StoredOrder(
+            split.train_days, self.config.shuffle, self.config.seed, part_rows(schema)
+        )
+        segments = list(spool.segments_of(train))
+        # Not by memory or cores, so that it is the same when an interrupted one goes on.
+        size = min(_MOST_SEGMENTS_PER_RUN, math.ceil(len(segments) / _RUNS))
+        grouped = [segments[start : start + size] for start in range(0, len(segments), size)]
+
+        def arrange(number: int) -> Path:
+            path = self.work / f"run-{number:05}.arrow"
+            if not path.exists():
+                arranger.write_run(path, grouped[number], order, len(train))
+            for segment in grouped[number]:
+                if segment.end_row <= len(train):
+                    spool.remove_rows(segment.number)
+            return path
+
+        runs = self._each("arrange", range(len(grouped)), arrange, "runs")
+        return runs, order.parts
+
+    def _write(
+        self,
+        split: SplitRows,
+        schema: FeatureSchema,
+        arranger: Arranger,
+        runs: Sequence[Path],
+        parts: int,
+    ) -> dict[Split, StoredSplit]:
+        """Write the parts of all splits."""
+        step = part_rows(schema)
+        jobs: list[tuple[Split, int, Callable[[], Iterator[Rows]]]] = []
+        for each, rows in split.ranges.items():
+            if each == "train" and runs:
+                for number in range(parts):
+                    jobs.append((each, number, partial(arranger.part_of_runs, runs, number)))
+            else:
+                for number, start in enumerate(range(rows.start, rows.stop, step)):
+                    some = range(start, min(start + step, rows.stop))
+                    jobs.append((each, number, partial(arranger.in_order, some)))
+
+        def write(job: int) -> WrittenPart:
+            each, number, make = jobs[job]
+            record = self.work / f"part-{each}-{number:05}.json"
+            if record.exists():
+                return read_json(record, WrittenPart, "preparation")
+            written = write_part(self.partial, part_name(each, number), schema, make())
+            write_json(record, written)
+            return written
+
+        written = self._each("write", range(len(jobs)), write, "parts")
+        return {
+            each: stored_split(
+                part for (split_, _, _), part in zip(jobs, written, strict=True) if split_ == each
+            )
+            for each in SPLITS
+        }
+
+    def _sources(self, spool: Spool) -> tuple[Source, ...]:
+        ends = {segment.file: segment for segment in spool.segments if segment.source_sha256}
+        return tuple(
+            dataclasses.replace(
+                _as_source(file),
+                sha256=ends[number].source_sha256,
+                lacks_last_newline=ends[number].lacks_last_newline,
+            )
+            for number, file in enumerate(self.source.files)
+        )
+
+    def _each(
+        self, stage: str, items: Sequence[int], work: Callable[[int], T], unit: str
+    ) -> list[T]:
+        """Work on items on several threads, with a progress bar; return the results in order."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            return list(progress(stage, len(items), pool.map(work, items), unit=unit))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _identify(file: Path) -> Source:
-    """Describe a file without reading it."""
-    with environment_faults(f"read {file}"):
-        status = file.stat()
-    return Source(file.name, status.st_size, status.st_mtime_ns, sha256="")
+@dataclass(frozen=True)
+class _DayClicks:
+    clicks: tuple[int, ...]
+    format_version: str = FORMAT_VERSION
 
 
-def _finished(dataset: Path, file: Path, config: PrepareConfig) -> Dataset | None:
-    """Open a DATASET, if there is one; it must be made from this file with these options.
+def _vocabulary_name(feature: int) -> str:
+    return f"{criteo.SPARSE_NAMES[feature]}.arrow"
+
+
+def _rows_before(spool: Spool, candidate: int) -> int:
+    """Return how many rows are left of the first so many well-formed ones."""
+    for segment in spool.segments:
+        within = candidate - segment.first_candidate
+        if within <= segment.candidates:
+            if segment.rows == segment.candidates:
+                return segment.first_row + within
+            candidates = spool.candidates(segment.number)
+            return segment.first_row + int(np.searchsorted(candidates, within))
+    raise AssertionError(candidate)
+
+
+def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
+
+
+def _disk_bytes(rows: int, *, shuffled: bool) -> int:
+    """Return about how much disk preparation takes at its peak."""
+    stored = _stored_row_bytes()
+    # The spool, narrower than what is stored, is gone by the time that parts are written.
+    return rows * (2 * stored + 8 if shuffled else 2 * stored)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _as_source(file: SourceFile) -> Source:
+    return Source(file.name, file.bytes, file.mtime_ns, sha256="")
+
+
+def _finished(dataset: Path, source: RawSource, config: PrepareConfig) -> Dataset | None:
+    """Open a DATASET, if there is one; it must be made from this source with these options.
 
     Raises:
         UserError: It was made otherwise, or is damaged.
@@ -272,33 +607,49 @@ def _finished(dataset: Path, file: Path, config: PrepareConfig) -> Dataset | Non
         found = Dataset.open(dataset)
     except UserError as error:
         raise UserError(f"{error} (--overwrite starts over.)") from error
-    differences = []
-    now = _identify(file)
-    if not any(_is_same(source, now, file) for source in found.manifest.sources):
-        names = [f"{source.name} ({source.bytes} bytes)" for source in found.manifest.sources]
-        differences.append(
-            f"it was made from {', '.join(names) or 'made-up rows'}, and {file} ({now.bytes} "
-            "bytes) has other content"
-        )
     options = found.manifest.options or PrepareConfig()
-    for field in dataclasses.fields(PrepareConfig):
-        expected, got = getattr(config, field.name), getattr(options, field.name)
-        # Without a shuffle its seed makes no difference.
-        idle = field.name == "seed" and config.shuffle == options.shuffle == "none"
-        if expected != got and not idle:
-            flag = f"--{field.name.replace('_', '-')}"
-            differences.append(f"it was made with {flag} {got}, and {flag} {expected} is asked for")
-    if differences:
+    if differences := _differences(found.manifest.sources, options, source, config):
         raise UserError(
             f"{dataset} is another DATASET: {'; '.join(differences)}. Choose another one, or start "
             "over with --overwrite."
         )
-    logger.info("%s is prepared already from %s with these options", dataset, file)
+    names = ", ".join(str(file.path) for file in source.files)
+    logger.info("%s is prepared already from %s with these options", dataset, names)
     return found
 
 
-def _is_same(made_from: Source, now: Source, file: Path) -> bool:
-    """Tell whether a file is still what it was; its content is read only if its time changed."""
+def _differences(
+    sources: Sequence[Source], options: PrepareConfig, source: RawSource, config: PrepareConfig
+) -> list[str]:
+    """Say in what a preparation differs from the one that is asked for."""
+    differences = []
+    if len(sources) != len(source.files) or not all(map(_is_same, sources, source.files)):
+        made_from = _listed([(each.name, each.bytes) for each in sources]) or "made-up rows"
+        now = _listed([(str(each.path), each.bytes) for each in source.files])
+        differences.append(f"it was made from {made_from}, and {now} has other content")
+    for field in dataclasses.fields(PrepareConfig):
+        expected, got = getattr(config, field.name), getattr(options, field.name)
+        # Without a shuffle or drawing its seed makes no difference.
+        idle = field.name == "seed" and all(
+            each.shuffle == "none" and not each.data_sub_sample_rate for each in (config, options)
+        )
+        if expected != got and not idle:
+            flag = f"--{field.name.replace('_', '-')}"
+            differences.append(f"it was made with {flag} {got}, and {flag} {expected} is asked for")
+    return differences
+
+
+def _listed(files: Sequence[tuple[str, int]]) -> str:
+    shown = [f"{name} ({size} bytes)" for name, size in files]
+    return ", ".join(shown if len(shown) < 4 else [shown[0], "…", shown[-1]])
+
+
+def _is_same(made_from: Source, now: SourceFile) -> bool:
+    """Tell whether a file is still what it was; its content is read only if its time changed.
+
+    Of a preparation that was interrupted the content's checksum is not known yet.
+    """
     return made_from.bytes == now.bytes and (
-        made_from.mtime_ns == now.mtime_ns or made_from.sha256 == sha256(file)
+        made_from.mtime_ns == now.mtime_ns
+        or (bool(made_from.sha256) and made_from.sha256 == sha256(now.path))
     )

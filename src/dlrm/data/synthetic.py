@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dlrm.config import SynthesizeConfig
-from dlrm.data.splits import split_rows
+from dlrm.data.splits import day_lengths, hold_back_last
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import (
@@ -528,10 +528,10 @@ def _write(directory: Path, config: SynthesizeConfig) -> Truth:
             files["test_probabilities.arrow"],
             bar,
         )
-        split = split_rows(config.rows, "train.txt")
+        split = hold_back_last(day_lengths(config.rows, "train.txt")).ranges
         train, validation, test = (
             _best_possible(labels[rows.start : rows.stop], probabilities[rows.start : rows.stop])
-            for rows in (split.train, split.validation, split.test)
+            for rows in (split["train"], split["validation"], split["test"])
         )
         truth = Truth(
             seed=config.seed,

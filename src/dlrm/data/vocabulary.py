@@ -1,11 +1,11 @@
-"""Raw categorical values to ids: fit on the rows, keep what was fitted, encode with it.
+"""Raw categorical values to ids, by what was fitted (``data/fitting.py``) and is kept on disk.
 
 Ids are row numbers of an embedding table, in order of first appearance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dlrm.data.splits import mix
 from dlrm.errors import UserError
 from dlrm.files import atomic_write, environment_faults, sha256
-from dlrm.schema import FeatureSchema
+from dlrm.schema import FeatureSchema, SparseFeature
 
 _COLUMNS = pa.schema([("value", pa.uint32()), ("id", pa.int32()), ("count", pa.int64())])
+_BATCH_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +48,9 @@ class Vocabulary:
         position[position == len(self.values)] = 0
         return np.where(self.values[position] == values, self.ids[position], np.int32(-1))
 
-    def write(self, path: Path) -> str:
-        """Write the vocabulary as an Arrow file and return its SHA-256."""
-        table = pa.table([self.values, self.ids, self.counts], schema=_COLUMNS)
-        with atomic_write(path) as file, pa.ipc.new_file(file, _COLUMNS) as writer:
-            writer.write_table(table)
-        return sha256(path)
-
     @staticmethod
     def read(path: Path) -> Vocabulary:
-        """Read what ``write`` wrote.
+        """Read what ``write_vocabulary`` wrote.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -75,41 +70,49 @@ class Vocabulary:
         return Vocabulary(*(column.combine_chunks().to_numpy() for column in table.columns))
 
 
-def fit(
-    values: Sequence[npt.NDArray[np.uint32]], *, value_modulus: int
-) -> tuple[Vocabulary, npt.NDArray[np.int32]]:
-    """Number one feature's values in order of first appearance.
+def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:
+    """Write a vocabulary as an Arrow file and return its SHA-256.
 
     Args:
-        values: All of them, in order, in blocks of any length.
-        value_modulus: Take each value modulo this first; 0: as it is.
-
-    Returns:
-        The vocabulary, and the id of every value.
+        path: The file.
+        parts: The vocabulary in ranges of ascending values; how it was cut makes no difference.
     """
-    chunks = [pa.array(_modulo(block, value_modulus)) for block in values]
-    encoded = pa.chunked_array(chunks, pa.uint32()).combine_chunks().dictionary_encode()
-    ids: npt.NDArray[np.int32] = encoded.indices.to_numpy()
-    distinct = encoded.dictionary.to_numpy()
-    order = np.argsort(distinct)
-    counts = np.bincount(ids, minlength=len(distinct))
-    vocabulary = Vocabulary(
-        distinct[order], order.astype(np.int32), counts[order].astype(np.int64, copy=False)
-    )
-    return vocabulary, ids
+    with atomic_write(path) as file, pa.ipc.new_file(file, _COLUMNS) as writer:
+        pending = _COLUMNS.empty_table()
+        for part in parts:
+            table = pa.table([part.values, part.ids, part.counts], schema=_COLUMNS)
+            pending = pa.concat_tables([pending, table])
+            while len(pending) >= _BATCH_VALUES:
+                _write_batch(writer, pending.slice(0, _BATCH_VALUES))
+                pending = pending.slice(_BATCH_VALUES)
+        _write_batch(writer, pending)
+    return sha256(path)
+
+
+def _write_batch(writer: pa.RecordBatchFileWriter, table: pa.Table) -> None:
+    if len(table):
+        writer.write_batch(table.combine_chunks().to_batches()[0])
+
+
+def hashed(values: npt.NDArray[np.uint32], buckets: int) -> npt.NDArray[np.int32]:
+    """Hash raw values into ids below ``buckets``: the high half of splitmix64, scaled."""
+    high = mix(values.astype(np.uint64)) >> np.uint64(32)
+    return (high * np.uint64(buckets) >> np.uint64(32)).astype(np.int32)
 
 
 class Encoder:
-    """Raw sparse values to ids, with the vocabularies of a DATASET or RUN.
+    """Raw sparse values to ids, as the rows of a DATASET were encoded.
 
     Args:
-        vocabularies: One for each sparse feature.
-        value_moduli: Values are taken modulo these first; 0: as they are.
+        features: The sparse features.
+        vocabularies: One for each of them; None for a feature whose values are hashed.
     """
 
-    def __init__(self, vocabularies: Sequence[Vocabulary], value_moduli: Sequence[int]) -> None:
+    def __init__(
+        self, features: Sequence[SparseFeature], vocabularies: Sequence[Vocabulary | None]
+    ) -> None:
+        self._features = tuple(features)
         self._vocabularies = tuple(vocabularies)
-        self._value_moduli = tuple(value_moduli)
 
     @staticmethod
     def open(folder: Path, schema: FeatureSchema) -> Encoder:
@@ -123,15 +126,22 @@ class Encoder:
             UserError: A feature has no vocabulary, or the vocabularies are missing, damaged or not
                 those that the schema was made with.
         """
-        without = [feature.name for feature in schema.sparse if not feature.vocabulary]
+        without = [
+            feature.name
+            for feature in schema.sparse
+            if not feature.vocabulary and not feature.hash_buckets
+        ]
         if without:
             raise UserError(
                 f"{folder} cannot encode raw rows: it has no vocabulary for {', '.join(without)}, "
                 "because its rows were prepared by another program. Prepare and train from raw "
                 "rows to predict raw rows."
             )
-        vocabularies = []
+        vocabularies: list[Vocabulary | None] = []
         for feature in schema.sparse:
+            if feature.hash_buckets:
+                vocabularies.append(None)
+                continue
             path = folder / "vocabulary" / feature.vocabulary
             vocabularies.append(Vocabulary.read(path))
             if (found := sha256(path)) != feature.vocabulary_sha256:
@@ -140,16 +150,36 @@ class Encoder:
                     f"expected {feature.vocabulary_sha256}. Prepare the dataset or train the run "
                     "again."
                 )
-        return Encoder(vocabularies, [feature.value_modulus for feature in schema.sparse])
+        return Encoder(schema.sparse, vocabularies)
 
-    def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
-        """Return the ids, (n, F), of raw values, (n, F); -1 for a value never seen."""
+    def encode(
+        self, values: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Encode raw values.
+
+        Args:
+            values: (n, F).
+
+        Returns:
+            Their ids, (n, F), and for each feature, (F,), how many values have none of their own:
+            they get the 'other' slot, or -1 where the feature has no such slot.
+        """
         ids = np.empty(values.shape, np.int32)
-        features = zip(self._vocabularies, self._value_moduli, strict=True)
-        for index, (vocabulary, modulus) in enumerate(features):
-            ids[:, index] = vocabulary.encode(_modulo(values[:, index], modulus))
-        return ids
+        unknown = np.zeros(len(self._features), np.int64)
+        for index, feature in enumerate(self._features):
+            column = taken_modulo(values[:, index], feature.value_modulus)
+            vocabulary = self._vocabularies[index]
+            if vocabulary is None:
+                ids[:, index] = hashed(column, feature.hash_buckets)
+                continue
+            encoded = vocabulary.encode(column)
+            is_unknown = encoded < 0
+            unknown[index] = is_unknown.sum()
+            encoded[is_unknown] = feature.other_id
+            ids[:, index] = encoded
+        return ids, unknown
 
 
-def _modulo(values: npt.NDArray[np.uint32], modulus: int) -> npt.NDArray[np.uint32]:
+def taken_modulo(values: npt.NDArray[np.uint32], modulus: int) -> npt.NDArray[np.uint32]:
+    """Return values modulo a number; 0: as they are."""
     return values % np.uint32(modulus) if modulus else values

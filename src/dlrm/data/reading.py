@@ -1,0 +1,257 @@
+"""From a source to a spool: rows are read, checked, thinned out and numbered, in their order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm.config import PrepareConfig
+from dlrm.data import criteo
+from dlrm.data.numbering import FeatureNumberings
+from dlrm.data.sources import RawSource, SourceFile, describe_file
+from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
+from dlrm.data.vocabulary import taken_modulo
+from dlrm.device import available_cores
+from dlrm.errors import UserError
+from dlrm.files import environment_faults
+
+SEGMENT_ROWS = 1 << 18
+"""Rows of a segment, about: what is numbered, written and, if need be, read again at a time."""
+_EXAMPLES = 20
+"""Skipped rows that are kept to be shown."""
+_CHUNK_BYTES = 4 << 20
+
+_Values = npt.NDArray[np.uint32]
+
+
+def read_raw(
+    source: RawSource,
+    spool: Spool,
+    config: PrepareConfig,
+    *,
+    table_bytes: int,
+    progress: Callable[[int], object],
+) -> None:
+    """Read raw rows into a spool, from where it ends.
+
+    Args:
+        source: Files of raw rows.
+        spool: Empty, or what an interrupted preparation of the same source left.
+        config: What becomes of rows and values.
+        table_bytes: Memory for the numbers of values.
+        progress: Told of the bytes of the source that were read.
+
+    Raises:
+        UserError: A row is malformed, or there are too many such rows.
+        EnvironmentFaultError: A disk is full or fails.
+    """
+    with ThreadPoolExecutor(available_cores()) as pool, ThreadPoolExecutor(1) as writer:
+        reader = _RawReader(source, spool, config, table_bytes, progress, pool, writer)
+        for number, file in enumerate(source.files):
+            last = reader.last
+            if last is None or last.file < number:
+                reader.read_file(number, criteo.Start())
+            elif last.file == number and not last.source_sha256:
+                reader.read_file(number, criteo.Start(last.end, last.lines))
+            else:
+                progress(file.bytes)
+
+
+class _RawReader:
+    def __init__(
+        self,
+        source: RawSource,
+        spool: Spool,
+        config: PrepareConfig,
+        table_bytes: int,
+        progress: Callable[[int], object],
+        pool: ThreadPoolExecutor,
+        writer: ThreadPoolExecutor,
+    ) -> None:
+        self._source = source
+        self._spool = spool
+        self._config = config
+        self._progress = progress
+        self._pool = pool
+        self._writer = writer
+        self._writing: Future[None] | None = None
+        self.last = spool.segments[-1] if spool.segments else None
+        """The last segment, which may still be on its way to the disk."""
+        self._rejected = sum(sum(segment.rejected.values()) for segment in spool.segments)
+        self._examples = sum(len(segment.examples) for segment in spool.segments)
+        # The reference draws a number for each row, day by day; one stream gives the same numbers.
+        self._random_state = np.random.RandomState(config.seed)
+        if self.last is not None and config.data_sub_sample_rate:
+            self._skip_draws(self.last.first_candidate + self.last.candidates)
+        self._numberings = FeatureNumberings(len(criteo.SPARSE_NAMES), table_bytes)
+        if self.last is not None:
+            list(pool.map(self._restore, range(len(criteo.SPARSE_NAMES))))
+
+    def _restore(self, feature: int) -> None:
+        assert self.last is not None
+        values = [
+            self._spool.new_values(segment.number, feature)
+            for segment in self._spool.segments
+            if segment.generations[feature] == self.last.generations[feature]
+        ]
+        self._numberings.restore(feature, self.last.generations[feature], values)
+
+    def read_file(self, number: int, start: criteo.Start) -> None:
+        """Read a file of the source, or the rest of one that was read up to ``start``."""
+        file = self._source.files[number]
+        digest = hashlib.sha256()
+        last_byte = b""
+
+        def observe(chunk: bytes) -> None:
+            nonlocal last_byte
+            digest.update(chunk)
+            self._progress(len(chunk))
+            last_byte = chunk[-1:]
+
+        if start.offset and not criteo.is_gzip(file.path):
+            _observe_head(file, start.offset, observe)
+        blocks: list[criteo.RawBlock] = []
+        rows, end, lines = 0, start.offset, start.line
+        for block in criteo.read_blocks(
+            file.path,
+            labelled=True,
+            observe=observe,
+            start=start,
+            bad_rows=self._config.bad_rows,
+        ):
+            blocks.append(block)
+            rows, end, lines = rows + len(block), block.end, lines + block.lines
+            if rows >= SEGMENT_ROWS:
+                self._write_segment(number, blocks, end, lines)
+                blocks, rows = [], 0
+        if describe_file(file.path, file.name) != file:
+            raise UserError(
+                f"{file.path} changed while it was read. Prepare it once it is complete."
+            )
+        self._write_segment(
+            number, blocks, end, lines, digest.hexdigest(), lacks_last_newline=last_byte != b"\n"
+        )
+        self._wait()
+
+    def _write_segment(
+        self,
+        file: int,
+        blocks: Sequence[criteo.RawBlock],
+        end: int,
+        lines: int,
+        source_sha256: str = "",
+        *,
+        lacks_last_newline: bool = False,
+    ) -> None:
+        labels = np.concatenate([np.zeros(0, np.uint8), *(block.labels for block in blocks)])
+        dense = np.concatenate([_NO_DENSE, *(block.dense for block in blocks)])
+        candidates = len(labels)
+        kept = self._kept(labels)
+        if kept is not None:
+            labels, dense = labels[kept], dense[kept]
+        sparse, new_values = self._numbered(blocks, kept)
+        last = self.last
+        segment = Segment(
+            number=0 if last is None else last.number + 1,
+            file=file,
+            end=end,
+            lines=lines,
+            first_row=0 if last is None else last.end_row,
+            rows=len(labels),
+            clicks=int(labels.sum(dtype=np.int64)),
+            first_candidate=0 if last is None else last.first_candidate + last.candidates,
+            candidates=candidates,
+            generations=tuple(self._numberings.generations),
+            new_values=tuple(map(len, new_values)),
+            missing=tuple(sum((block.missing for block in blocks), _NO_MISSING).tolist()),
+            rejected=self._count_rejected(blocks),
+            examples=self._take_examples(file, blocks),
+            source_sha256=source_sha256,
+            lacks_last_newline=lacks_last_newline,
+        )
+        columns = Columns(
+            labels, list(dense.T), sparse, _NO_VALUES if kept is None else kept.astype(np.uint32)
+        )
+        self._wait()
+        self._writing = self._writer.submit(self._spool.append, segment, columns, new_values)
+        self.last = segment
+
+    def _wait(self) -> None:
+        """Wait until the last segment is written, or raise what came in the way."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _skip_draws(self, count: int) -> None:
+        """Draw the numbers of rows that were read already."""
+        for start in range(0, count, SEGMENT_ROWS):
+            self._random_state.random_sample(min(SEGMENT_ROWS, count - start))
+
+    def _kept(self, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64] | None:
+        """Return the rows that sub-sampling leaves; None: all."""
+        rate = self._config.data_sub_sample_rate
+        if not rate:
+            return None
+        return np.flatnonzero(
+            (labels == 1) | (self._random_state.random_sample(len(labels)) >= rate)
+        )
+
+    def _numbered(
+        self, blocks: Sequence[criteo.RawBlock], kept: npt.NDArray[np.int64] | None
+    ) -> tuple[list[npt.NDArray[np.integer]], list[_Values]]:
+        """Return each sparse column, and the values that are new in it."""
+        self._numberings.begin_segment()
+
+        def number(feature: int) -> tuple[npt.NDArray[np.integer], _Values]:
+            values = np.concatenate([_NO_VALUES, *(block.sparse[:, feature] for block in blocks)])
+            if kept is not None:
+                values = values[kept]
+            values = taken_modulo(values, self._config.max_ind_range)
+            if self._config.hash_buckets:
+                return values, _NO_VALUES
+            return self._numberings.number(feature, values)
+
+        numbered = list(self._pool.map(number, range(len(criteo.SPARSE_NAMES))))
+        return [each[0] for each in numbered], [each[1] for each in numbered]
+
+    def _count_rejected(self, blocks: Sequence[criteo.RawBlock]) -> dict[str, int]:
+        counted: dict[str, int] = {}
+        for block in blocks:
+            for row in block.rejected:
+                counted[row.reason] = counted.get(row.reason, 0) + 1
+                self._rejected += 1
+                if self._rejected > self._config.max_bad_rows:
+                    raise UserError(
+                        f"{row.message} That is malformed row number {self._rejected}, and "
+                        f"--max-bad-rows is {self._config.max_bad_rows}."
+                    )
+        return counted
+
+    def _take_examples(
+        self, file: int, blocks: Sequence[criteo.RawBlock]
+    ) -> tuple[RejectedRow, ...]:
+        name = self._source.files[file].name
+        rows = [
+            RejectedRow(name, row.line, row.reason, row.message)
+            for block in blocks
+            for row in block.rejected
+        ][: _EXAMPLES - self._examples]
+        self._examples += len(rows)
+        return tuple(rows)
+
+
+_NO_DENSE = np.zeros((0, len(criteo.DENSE_NAMES)), np.int32)
+_NO_MISSING = np.zeros(len(criteo.DENSE_NAMES), np.int64)
+_NO_VALUES = np.zeros(0, np.uint32)
+
+
+def _observe_head(file: SourceFile, size: int, observe: Callable[[bytes], None]) -> None:
+    """Show the first bytes of a file, which need not be parsed again, to an observer."""
+    with environment_faults(f"read {file.path}"), open(file.path, "rb") as content:
+        while size and (chunk := content.read(min(size, _CHUNK_BYTES))):
+            observe(chunk)
+            size -= len(chunk)

@@ -1,0 +1,129 @@
+"""Where rows come from: the files that a SOURCE means, in order, and how their rows are split."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlrm.config import PrepareConfig
+from dlrm.data.splits import SplitRule
+from dlrm.errors import UserError
+from dlrm.files import atomic_write, environment_faults
+
+PIPE = "-"
+"""The SOURCE that means standard input."""
+_DAY = re.compile(r"day_([0-9]+)(\.gz)?")
+_HEAD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source, as it was before it was read."""
+
+    path: Path
+    name: str
+    bytes: int
+    mtime_ns: int
+    """Time of its last change, in nanoseconds since 1970."""
+
+
+def describe_file(path: Path, name: str = "") -> SourceFile:
+    """Describe a file without reading it."""
+    with environment_faults(f"read {path}"):
+        status = path.stat()
+    return SourceFile(path, name or path.name, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class RawSource:
+    """Files of raw rows, in order."""
+
+    files: tuple[SourceFile, ...]
+    split: SplitRule
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.bytes for file in self.files)
+
+
+def raw_source(source: Path, config: PrepareConfig) -> RawSource:
+    """Return the files that a source means.
+
+    Args:
+        source: A file of raw rows; a folder with train.txt; a folder with day_0, day_1 …, plain or
+            compressed with gzip; or one of these days.
+        config: Which days, and how rows are split.
+
+    Raises:
+        UserError: There are none, or they cannot be split as asked.
+    """
+    if not source.exists():
+        raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
+    files = _files(source, config)
+    by_day = bool(_DAY.fullmatch(files[0].name))
+    split: SplitRule
+    if config.split != "auto":
+        split = config.split
+    elif not by_day:
+        split = "rows"
+    elif len(files) > 1:
+        split = "days"
+    else:
+        raise UserError(
+            f"{source} is a single day, of which nothing is held back from training as it is. Say "
+            "how: --split rows cuts it into 7 runs of rows, of which the last is held back; "
+            "--split none trains on all of it."
+        )
+    if split == "days" and len(files) < 2:
+        raise UserError(
+            f"--split days needs at least two days, one of them to be held back; {source} has one. "
+            "Use --split rows or --split none."
+        )
+    return RawSource(tuple(files), split)
+
+
+def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
+    if source.is_file() or not source.is_dir():  # a pipe or a device is neither
+        if config.days:
+            raise UserError(f"--days chooses among the days of a folder; {source} is one file.")
+        return [describe_file(source)]
+    found: dict[int, Path] = {}
+    for path in sorted(source.iterdir()):  # day_3 before day_3.gz, which it is taken for
+        match = _DAY.fullmatch(path.name)
+        if match:
+            found.setdefault(int(match[1]), path)
+    train = source / "train.txt"
+    if train.is_file() and not config.days:
+        return [describe_file(train)]
+    if not found:
+        raise UserError(
+            f"{source} is a folder without train.txt, and without day_0, day_1 … Name the file of "
+            "raw rows, or its folder."
+        )
+    days = config.days or tuple(sorted(found))
+    missing = [day for day in days if day not in found]
+    if missing:
+        raise UserError(
+            f"{source} has no day_{missing[0]}. There are the days "
+            f"{', '.join(map(str, sorted(found)))}; choose among them with --days."
+        )
+    return [describe_file(found[day]) for day in days]
+
+
+def spool_pipe(spooled: Path) -> None:
+    """Copy standard input to a file, which appears when it is complete.
+
+    Raises:
+        UserError: Nothing came.
+    """
+    with atomic_write(spooled) as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, _HEAD_BYTES)
+    if not spooled.stat().st_size:
+        spooled.unlink()
+        raise UserError(
+            "standard input is empty: nothing came through the pipe. Check what feeds it."
+        )

@@ -1,0 +1,94 @@
+"""Whether a DATASET is whole: every byte, row, id and label against its manifest and schema."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlrm.data.dataset import Dataset, Part, read_part
+from dlrm.data.vocabulary import Vocabulary
+from dlrm.device import available_cores
+from dlrm.errors import UserError
+from dlrm.files import environment_faults, sha256
+from dlrm.progress import progress
+from dlrm.schema import SPLITS, SparseFeature, Split
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified."""
+
+    rows: dict[Split, int]
+    click_rate: dict[Split, float]
+    parts: int
+    vocabularies: int
+
+
+def verify(dataset: Dataset) -> Verification:
+    """Read all of a DATASET and check it.
+
+    Checksums and lengths of parts and vocabularies, types, ranges of ids and labels, the number of
+    rows and of clicks of each split, and that each vocabulary numbers its values one to one, below
+    ``num_embeddings``.
+
+    Raises:
+        UserError: The first file that is not as it should be.
+        EnvironmentFaultError: The disk fails.
+    """
+    parts = [part for split in SPLITS for part in dataset.manifest.splits[split].parts]
+    features = [feature for feature in dataset.schema.sparse if feature.vocabulary]
+
+    def clicks(part: Part) -> int:
+        _check_sum(dataset, part.file, part.sha256)
+        runs = read_part(dataset.path, part, dataset.schema)
+        return sum(int(run.labels.sum(dtype=np.int64)) for run in runs)
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        shown = progress("verify", len(parts), pool.map(clicks, parts), unit="parts")
+        clicks_of = dict(zip((part.file for part in parts), shown, strict=True))
+        list(pool.map(lambda feature: _check_vocabulary(dataset, feature), features))
+    rates = {}
+    for split in SPLITS:
+        stored = dataset.manifest.splits[split]
+        for what, expected, got in (
+            ("rows", stored.rows, sum(part.rows for part in stored.parts)),
+            ("clicks", stored.clicks, sum(clicks_of[part.file] for part in stored.parts)),
+        ):
+            if expected != got:
+                raise UserError(
+                    f"{dataset.path / 'manifest.json'}: expected {expected} {what} in the {split} "
+                    f"split, got {got}. Prepare the dataset again."
+                )
+        rates[split] = stored.clicks / stored.rows if stored.rows else float("nan")
+    rows = {split: dataset.rows(split) for split in SPLITS}
+    return Verification(rows, rates, len(parts), len(features))
+
+
+def _check_vocabulary(dataset: Dataset, feature: SparseFeature) -> None:
+    name = f"vocabulary/{feature.vocabulary}"
+    _check_sum(dataset, name, feature.vocabulary_sha256)
+    vocabulary = Vocabulary.read(dataset.path / name)
+    known = feature.num_embeddings - (feature.other_id >= 0)
+    if (vocabulary.values[1:] <= vocabulary.values[:-1]).any():
+        raise _damaged(dataset, name, "its values are not ascending")
+    seen = np.zeros(known, bool)
+    inside = (vocabulary.ids >= 0) & (vocabulary.ids < known)
+    seen[vocabulary.ids[inside]] = True
+    if not inside.all() or len(vocabulary) != known or not seen.all():
+        raise _damaged(dataset, name, f"its ids are not 0 … {known - 1}, each once")
+
+
+def _check_sum(dataset: Dataset, name: str, expected: str) -> None:
+    path = dataset.path / name
+    if not path.is_file():
+        raise _damaged(dataset, name, "it is missing")
+    with environment_faults(f"read {path}"):
+        found = sha256(path)
+    if found != expected:
+        raise _damaged(dataset, name, f"its SHA-256 is {found}, expected {expected}")
+
+
+def _damaged(dataset: Dataset, name: str, reason: str) -> UserError:
+    return UserError(f"{dataset.path / name} is damaged: {reason}. Prepare the dataset again.")
