@@ -59,31 +59,81 @@ class Synthesize:
 class Prepare:
     """Turn raw rows into a DATASET that training reads.
 
-    Of 7 equal runs of rows ("days") the first 6 become the training split; of the last, the first
-    half becomes test and the second half validation.
+    Memory stays below a ceiling, whatever the size of SOURCE. Interrupted, the same command goes on
+    where it stopped. A plan is told first: rows, disk, memory, time.
+
+    Of a train.txt, the first 6 of 7 equal runs of rows ("days") become the training split; of
+    day_0, day_1 … all but the last. Of the day held back, the first half becomes test and the
+    second half validation.
     """
 
     source: tyro.conf.Positional[Path]
-    """Criteo's train.txt, a folder that holds it, or a .npz that the reference prepared."""
-    dataset: tyro.conf.Positional[Path]
+    """Criteo's train.txt or day_0, plain or compressed with gzip; a folder that holds train.txt, or
+    day_0, day_1 …; "-" for standard input; or what the reference prepared. With --verify, the
+    DATASET."""
+    dataset: tyro.conf.Positional[Path | None] = None
     """The folder to make."""
-    options: Annotated[PrepareConfig, tyro.conf.arg(name="")]
+    options: Annotated[PrepareConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=PrepareConfig
+    )
+    memory: str = "2GiB"
+    """The most memory to use: 1GiB, 1536MiB, 4GiB …"""
     overwrite: bool = False
     """Replace a DATASET that was made from another source or with other options."""
+    verify: bool = False
+    """Make nothing, but read all of a DATASET and check it: checksums, ids, counts."""
 
     def execute(self) -> None:
-        """Prepare and print the splits."""
+        """Prepare and print the splits, or verify."""
+        from dlrm.data.dataset import Dataset
         from dlrm.data.prepare import prepare
+        from dlrm.data.verification import verify
 
-        data = prepare(self.source, self.dataset, self.options, overwrite=self.overwrite)
+        if self.verify:
+            if self.dataset is not None:
+                raise UserError(
+                    "--verify takes one DATASET and makes none: dlrm prepare --verify DATASET"
+                )
+            _print_json(verify(Dataset.open(self.source)))
+            return
+        if self.dataset is None:
+            raise UserError("name the DATASET to make: dlrm prepare SOURCE DATASET")
+        data = prepare(
+            self.source, self.dataset, self.options, memory=self.memory, overwrite=self.overwrite
+        )
         _print_json(
             {
                 "dataset": str(self.dataset),
                 "rows": {split: data.rows(split) for split in SPLITS},
+                "rows_rejected": data.manifest.rows_rejected,
                 "num_embeddings": sum(data.schema.num_embeddings),
                 "fingerprint": data.schema.fingerprint,
             }
         )
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what is in a DATASET.
+
+    Its splits and days with their click rates; of each feature how often it is missing, the rows of
+    its embedding table, and its commonest values.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """What `dlrm prepare` made."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def execute(self) -> None:
+        """Inspect and print."""
+        from dlrm.data.inspection import describe, inspect
+
+        inspection = inspect(self.dataset)
+        if self.json:
+            _print_json(inspection)
+        else:
+            sys.stdout.write(describe(inspection))
 
 
 @dataclass(frozen=True)
@@ -227,6 +277,7 @@ class Reference:
 _VERBS: dict[str, tuple[type[Any], str]] = {
     "synthesize": (Synthesize, "make Criteo-shaped data with a known best possible AUC"),
     "prepare": (Prepare, "turn raw rows into a DATASET"),
+    "inspect": (Inspect, "show what is in a DATASET"),
     "train": (Train, "train a model on a DATASET, and evaluate it"),
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
