@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import threading
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlrm.data import criteo
-from dlrm.data.criteo import read_blocks
+from dlrm.data import criteo, row_parser
+from dlrm.data.criteo import Position, RawBlock, RejectedLine, read_blocks
 from dlrm.errors import UserError
+from dlrm.ops.library import Library, library
 
 INTEGERS = st.one_of(
     st.just(b""),
@@ -41,48 +48,81 @@ class MalformedError(Exception):
         self.line = line
 
 
-def oracle(content: bytes, *, labelled: bool = True) -> list[list[int]]:
-    """Every row of a file as label (where there is one), 13 integers and 26 values."""
+def oracle_row(line: bytes, *, labelled: bool = True) -> list[int] | None:
+    """A line as label (where there is one), 13 integers and 26 values; None if it is no row."""
+    line = line.removesuffix(b"\r")
+    fields = line.split(b"\t")
+    if not labelled:
+        fields.insert(0, b"0")
+    if len(line) > 1 << 20 or len(fields) != 40 or fields[0] not in (b"0", b"1"):
+        return None
+    row = [int(fields[0])]
+    for field in fields[1:14]:
+        if not re.fullmatch(rb"(-?[0-9]+)?", field):
+            return None
+        value = int(field or b"0")
+        if not -(2**63) <= value < 2**31:
+            return None
+        row.append(max(value, 0))
+    for field in fields[14:]:
+        if not re.fullmatch(rb"([0-9A-Fa-f]{8})?", field):
+            return None
+        row.append(int(field or b"0", 16))
+    return row if labelled else row[1:]
+
+
+def oracle_lines(content: bytes) -> list[bytes]:
     lines = content.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    return lines if lines[-1] else lines[:-1]
+
+
+def oracle(content: bytes, *, labelled: bool = True) -> list[list[int]]:
+    """Every row of a file."""
+    lines = oracle_lines(content)
     if not lines:
         raise MalformedError(0)
     rows = []
     for number, line in enumerate(lines, start=1):
-        fields = line.removesuffix(b"\r").split(b"\t")
-        if not labelled:
-            fields.insert(0, b"0")
-        if len(fields) != 40 or fields[0] not in (b"0", b"1"):
+        row = oracle_row(line, labelled=labelled)
+        if row is None:
             raise MalformedError(number)
-        row = [int(fields[0])]
-        for field in fields[1:14]:
-            if not re.fullmatch(rb"(-?[0-9]+)?", field):
-                raise MalformedError(number)
-            value = int(field or b"0")
-            if not -(2**63) <= value < 2**31:
-                raise MalformedError(number)
-            row.append(max(value, 0))
-        for field in fields[14:]:
-            if not re.fullmatch(rb"([0-9A-Fa-f]{8})?", field):
-                raise MalformedError(number)
-            row.append(int(field or b"0", 16))
-        rows.append(row if labelled else row[1:])
+        rows.append(row)
     return rows
 
 
-def parsed(path: Path, **options: object) -> list[list[int]]:
+def rows_of(block: RawBlock) -> list[list[int]]:
+    assert block.dense.dtype == np.int32
+    assert block.sparse.dtype == np.uint32
+    columns = [block.dense.astype(np.int64), block.sparse.astype(np.int64)]
+    if block.labels is not None:
+        assert block.labels.dtype == np.uint8
+        columns.insert(0, block.labels[:, None].astype(np.int64))
+    return np.concatenate(columns, axis=1).tolist()  # type: ignore[no-any-return]
+
+
+def rows_in(blocks: list[RawBlock]) -> list[list[int]]:
+    return [row for block in blocks for row in rows_of(block)]
+
+
+def parsed(path: Path, **options: Any) -> list[list[int]]:
     rows = []
-    for block in read_blocks(path, **options):  # type: ignore[arg-type]
-        assert block.first_row == len(rows)
-        assert block.dense.dtype == np.int32
-        assert block.sparse.dtype == np.uint32
-        columns = [block.dense.astype(np.int64), block.sparse.astype(np.int64)]
-        if block.labels is not None:
-            assert block.labels.dtype == np.uint8
-            columns.insert(0, block.labels[:, None].astype(np.int64))
-        rows.extend(np.concatenate(columns, axis=1).tolist())
+    position = Position()
+    for block in read_blocks(path, **options):
+        assert block.start == position
+        assert block.end.row - block.start.row == len(block)
+        position = block.end
+        rows.extend(rows_of(block))
     return rows
+
+
+@pytest.fixture(scope="module", params=["native", "plain"], autouse=True)
+def parser(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with both parsers."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = library() if request.param == "native" else Library(False, "for a test")
+        assert found.loaded is (request.param == "native"), found.reason
+        patch.setattr(row_parser, "library", lambda: found)
+        yield request.param
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +130,25 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("criteo") / "train.txt"
 
 
-def agrees_with_oracle(scratch: Path, content: bytes, **options: object) -> None:
+def agrees_with_oracle(scratch: Path, content: bytes, **options: Any) -> None:
+    """Check that the first bad line is named, and that all others are read if bad ones are not."""
     scratch.write_bytes(content)
+    lines = oracle_lines(content)
+    if lines:
+        blocks = list(read_blocks(scratch, labelled=True, bad_rows="skip", **options))
+        rows = [oracle_row(line) for line in lines]
+        assert rows_in(blocks) == [row for row in rows if row is not None]
+        accepted = [line for line, row in zip(lines, rows, strict=True) if row is not None]
+        empty = [[not field for field in line.split(b"\t")[1:14]] for line in accepted]
+        missing = np.sum([block.missing for block in blocks], axis=0)
+        assert missing.tolist() == np.sum([[False] * 13, *empty], axis=0).tolist()
+        examples = [example for block in blocks for example in block.examples]
+        assert [example.line for example in examples] == [
+            number for number, row in enumerate(rows, start=1) if row is None
+        ]
+        counted = sum((Counter(block.rejected) for block in blocks), Counter[str]())
+        assert counted == Counter(example.reason for example in examples)
+        assert blocks[-1].end == Position(len(content), len(lines), len(lines) - len(examples))
     try:
         expected = oracle(content)
     except MalformedError as malformed:
@@ -298,15 +355,10 @@ TABS = "put tabs in their place."
         (b"Id\t" + HEADER, None, "It looks like a header: remove it, every line must be a row."),
         # Compressed files.
         (
-            gzip.compress(ROW),
-            None,
-            "line 1, column 1: expected tab-separated text, got a file compressed with gzip. "
-            "Unpack it first: this version reads plain text.",
-        ),
-        (
             b"PK\x03\x04",
             True,
-            "compressed with zip. Unpack it first: this version reads plain text.",
+            "line 1, column 1: expected tab-separated text, plain or packed with gzip, got a file "
+            "packed with zip. Unpack it first.",
         ),
         # A labelled row that lost its last field is taken for an unlabelled one.
         (
@@ -346,21 +398,54 @@ def test_an_endless_line_is_refused_without_being_read_whole(scratch: Path) -> N
         nonlocal seen
         seen += len(chunk)
 
-    with pytest.raises(UserError, match=r"line 2, column 1 .*: expected a line shorter than 65536"):
+    expected = r"line 2, column 1 .*: expected a line of at most 1048576 bytes, got '\\x00"
+    with pytest.raises(UserError, match=expected):
         list(read_blocks(scratch, observe=observe))
     assert seen < 1 << 25
 
 
-def test_the_longest_line(scratch: Path) -> None:
-    zeros = b"0" * (criteo.MAX_LINE_BYTES - len(ROW) - 1)
-    longest = with_field(2, zeros + b"1")
-    assert len(longest) == criteo.MAX_LINE_BYTES - 1
-    for block_bytes in (1000, 1 << 20):
-        scratch.write_bytes(ROW + b"\n" + longest + b"\n")
-        assert parsed(scratch, block_bytes=block_bytes) == oracle(ROW + b"\n" + ROW)
-        scratch.write_bytes(ROW + b"\n" + with_field(2, zeros + b"01") + b"\n")
-        with pytest.raises(UserError, match=r"line 2, .* a line shorter than"):
+LONGEST = b"0" * ((1 << 20) - len(ROW))
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 14, (1 << 20) + 1, 1 << 22])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_the_longest_line(scratch: Path, block_bytes: int, end: bytes) -> None:
+    longest = with_field(2, LONGEST + b"1")
+    assert len(longest) == 1 << 20
+    longer = with_field(2, LONGEST + b"01")
+    for packed in (False, True):
+        content = end.join([ROW, longest, with_field(1, b"1"), longer, b"", with_field(2, b"7")])
+        scratch.write_bytes(gzip.compress(content, 1) if packed else content)
+        blocks = list(read_blocks(scratch, block_bytes=block_bytes, bad_rows="skip"))
+        rows = [ROW, ROW, with_field(1, b"1"), with_field(2, b"7")]
+        assert rows_in(blocks) == [oracle_row(row) for row in rows]
+        assert [(bad.line, bad.reason) for block in blocks for bad in block.examples] == [
+            (4, "too long"),
+            (5, "blank"),
+        ]
+        assert blocks[-1].end == Position(len(content), 6, 4)
+        with pytest.raises(UserError, match=r"line 4, .* a line of at most 1048576 bytes, got '0"):
             parsed(scratch, block_bytes=block_bytes)
+
+
+def test_a_line_of_any_length_is_skipped_in_little_memory(scratch: Path) -> None:
+    length = 1 << 30
+    with open(scratch, "wb") as file:
+        file.write(ROW + b"\n")
+        file.seek(length, 1)
+        file.write(b"\n" + ROW + b"\n")
+    tracemalloc.start()
+    try:
+        blocks = list(read_blocks(scratch, bad_rows="skip"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows_in(blocks) == oracle(ROW + b"\n" + ROW)
+    assert blocks[-1].end == Position(length + 2 * len(ROW) + 3, 3, 2)
+    ((bad,),) = [block.examples for block in blocks if block.examples]
+    assert (bad.line, bad.reason) == (2, "too long")
+    assert len(bad.message) < 400
+    assert peak < 32 << 20
 
 
 def test_line_ends_of_windows_are_accepted(scratch: Path) -> None:
@@ -420,12 +505,262 @@ def test_what_was_read_is_observed_in_order(scratch: Path, made_up_lines: object
     assert b"".join(seen) == content
 
 
+def same_blocks(blocks: list[RawBlock], expected: list[RawBlock]) -> bool:
+    """Whether blocks are equal in all they hold."""
+    assert len(blocks) == len(expected)
+    for block, other in zip(blocks, expected, strict=True):
+        for name, value in vars(other).items():
+            assert np.array_equal(getattr(block, name), value), name
+    return True
+
+
+def damaged(content: bytes) -> bytes:
+    """The same lines, some of them malformed."""
+    lines = content.splitlines(keepends=True)
+    for number in (3, 4, 40, 41, 77):
+        lines[number] = lines[number].replace(b"\t", b" ", 1)
+    lines[50] = b"\n"
+    return b"".join(lines)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("block_bytes", [1, 300, 2000, 1 << 20])
+def test_reading_goes_on_from_the_end_of_any_block(
+    scratch: Path, made_up_lines: Any, packed: bool, observed: bool, block_bytes: int
+) -> None:
+    content = damaged(made_up_lines(100))
+    stored = gzip.compress(content) if packed else content
+    scratch.write_bytes(stored)
+    options: dict[str, Any] = {
+        "labelled": True,
+        "bad_rows": "skip",
+        "block_bytes": block_bytes,
+    }
+    whole = list(read_blocks(scratch, **options))
+    assert len(whole) == {1: 100, 300: 99, 2000: 13, 1 << 20: 1}[block_bytes]
+    for number in range(0, len(whole), 9):
+        block = whole[number]
+        assert content[: block.end.offset].count(b"\n") == block.end.line
+        seen: list[bytes] = []
+        observe = seen.append if observed else None
+        rest = list(read_blocks(scratch, start=block.end, observe=observe, **options))
+        assert same_blocks(rest, whole[number + 1 :])
+        assert not observed or b"".join(seen) == stored
+        # In other blocks there are the same rows and line numbers.
+        options_of_others = {**options, "block_bytes": 777}
+        others = list(read_blocks(scratch, start=block.end, **options_of_others))
+        assert rows_in(others) == rows_in(rest)
+        assert [bad for other in others for bad in other.examples] == [
+            bad for other in rest for bad in other.examples
+        ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_start_beyond_the_end_is_refused(scratch: Path, packed: bool) -> None:
+    content = ROW + b"\n"
+    scratch.write_bytes(gzip.compress(content) if packed else content)
+    assert list(read_blocks(scratch, start=Position(len(content), 1, 1))) == []
+    with pytest.raises(UserError) as caught:
+        list(read_blocks(scratch, start=Position(len(content) + 1, 1, 1)))
+    assert str(caught.value) == (
+        f"{scratch} has {len(content)} bytes of text, and was to be read on from byte "
+        f"{len(content) + 1}. It was cut short or replaced: get the same file again, or start over."
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 20000), max_size=4), st.integers(100, 30000))
+def test_gzip_is_read_as_what_it_unpacks_to(
+    scratch: Path, made_up_lines: Any, cuts: list[int], block_bytes: int
+) -> None:
+    content = damaged(made_up_lines(100))
+    options: dict[str, Any] = {"bad_rows": "skip", "block_bytes": block_bytes}
+    scratch.write_bytes(content)
+    plain = list(read_blocks(scratch, **options))
+    # Of several members, some of them empty, with the padding of a tape between and after them.
+    places = sorted([0, *cuts, len(content)])
+    members = [
+        gzip.compress(content[begin:end]) + bytes(begin % 3) for begin, end in pairwise(places)
+    ]
+    scratch.write_bytes(b"".join(members))
+    seen: list[bytes] = []
+    assert same_blocks(list(read_blocks(scratch, observe=seen.append, **options)), plain)
+    assert b"".join(seen) == b"".join(members)
+
+
+def test_every_cut_of_a_gzip_is_named(scratch: Path, made_up_lines: Any) -> None:
+    content = made_up_lines(3)
+    packed = gzip.compress(content, mtime=0) + gzip.compress(content, mtime=0)
+    scratch.write_bytes(packed[: len(packed) // 2])
+    assert parsed(scratch) == oracle(content)
+    for length in [*range(2, len(packed) // 2), *range(len(packed) // 2 + 1, len(packed))]:
+        scratch.write_bytes(packed[:length])
+        with pytest.raises(UserError) as caught:
+            parsed(scratch)
+        assert str(caught.value) == (
+            f"{scratch} is cut short at byte {length}, before the end of its gzip data. Get the "
+            "file again."
+        )
+
+
+def test_a_damaged_gzip_is_named(scratch: Path, made_up_lines: Any) -> None:
+    packed = bytearray(gzip.compress(made_up_lines(20), mtime=0))
+    for position in (3, 10, len(packed) // 2, len(packed) - 5, len(packed) - 1):
+        packed[position] ^= 0xFF
+        scratch.write_bytes(packed)
+        with pytest.raises(UserError, match=r"is damaged near byte|is cut short at byte|, line 1"):
+            parsed(scratch)
+        packed[position] ^= 0xFF
+    scratch.write_bytes(packed + b"more")
+    with pytest.raises(UserError, match=r"damaged near byte .* \(Error -3 .* header check\)\. Get"):
+        parsed(scratch)
+
+
+def test_an_empty_gzip_is_named(scratch: Path) -> None:
+    scratch.write_bytes(gzip.compress(b""))
+    with pytest.raises(UserError, match="is empty"):
+        parsed(scratch)
+
+
+def test_a_bad_row_is_named_rather_than_what_is_wrong_behind_it(scratch: Path) -> None:
+    content = with_field(1, b"5") + b"\n" + (ROW + b"\n") * 2000
+    scratch.write_bytes(gzip.compress(content)[:-1])
+    for threads in (1, 50):
+        with pytest.raises(UserError, match="line 1, column 1 "):
+            list(read_blocks(scratch, block_bytes=5000, threads=threads))
+        blocks = []
+        with pytest.raises(UserError, match="cut short"):
+            blocks.extend(read_blocks(scratch, block_bytes=5000, threads=threads, bad_rows="skip"))
+        assert blocks[-1].end.row > 1950
+
+
+def test_a_pipe_is_read(tmp_path: Path, made_up_lines: Any) -> None:
+    content = made_up_lines(100)
+    pipe = tmp_path / "pipe"
+    for stored in (content, gzip.compress(content)):
+        os.mkfifo(pipe)
+
+        def write(stored: bytes = stored) -> None:
+            with open(pipe, "wb", buffering=0) as file:
+                for byte in stored[:10]:
+                    file.write(bytes([byte]))
+                file.write(stored[10:])
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert parsed(pipe, block_bytes=3000) == oracle(content)
+        writer.join()
+        pipe.unlink()
+
+
+REASONS = {
+    "blank": b"",
+    "fields": ROW + b"\t",
+    "label": with_field(1, b"2"),
+    "integer": with_field(5, b"1.0"),
+    "id": with_field(20, b"0x23abcd"),
+    "too long": b"0" * ((1 << 20) + 1),
+}
+
+
+@pytest.mark.parametrize("labelled", [True, None])
+def test_skipped_lines_are_counted_by_reason(scratch: Path, labelled: bool | None) -> None:
+    lines = [b"", b"label\tand\tmore", ROW]
+    for count, line in enumerate(REASONS.values(), start=1):
+        lines += [line] * count + [ROW]
+    lines += [b""] * 30
+    scratch.write_bytes(b"\n".join([*lines, b""]))
+    (block,) = read_blocks(scratch, labelled=labelled, bad_rows="skip", block_bytes=1 << 24)
+    assert rows_of(block) == [oracle_row(ROW)] * 7
+    assert list(block.rejected.items()) == [
+        ("blank", 32), ("too long", 6), ("id", 5), ("integer", 4), ("fields", 3), ("label", 3),
+    ]  # fmt: skip
+    assert block.end == Position(scratch.stat().st_size, len(lines), 7)
+    assert Counter(bad.reason for bad in block.examples) == {
+        "blank": row_parser.EXAMPLES, "too long": 6, "id": 5, "integer": 4, "fields": 3, "label": 3,
+    }  # fmt: skip
+    blank, header = block.examples[:2]
+    if labelled:
+        assert blank.message == (
+            f"{scratch}, line 1, column 1 (label): expected 40 tab-separated fields, got a blank "
+            "line. Mend or remove that line, or get the file again."
+        )
+        assert header.message.startswith(f"{scratch}, line 2, column 4 (int_2): expected 40")
+    for bad in block.examples:
+        scratch.write_bytes(ROW + b"\n" + lines[bad.line - 1] + b"\n" + ROW + b"\n")
+        with pytest.raises(UserError) as caught:
+            parsed(scratch, labelled=labelled)
+        skipping = read_blocks(scratch, labelled=labelled, bad_rows="skip")
+        (again,) = [bad for block in skipping for bad in block.examples]
+        assert again == RejectedLine(2, bad.reason, str(caught.value))
+
+
+def test_a_file_without_any_row_can_be_skipped_through(scratch: Path) -> None:
+    scratch.write_bytes(b"none\nat all\n")
+    (block,) = read_blocks(scratch, labelled=True, bad_rows="skip")
+    assert len(block) == 0
+    assert block.labels is not None
+    assert block.labels.shape == (0,)
+    assert block.dense.shape == (0, 13)
+    assert block.sparse.shape == (0, 26)
+    assert block.end == Position(12, 2, 0)
+    with pytest.raises(UserError, match=r"line 1: expected 40 .* got 1: 'none'"):
+        list(read_blocks(scratch, bad_rows="skip"))
+
+
+def fuzzed_line(generator: np.random.Generator, line: bytes) -> bytes:
+    """A line with one to three changes; most are no rows."""
+    changed = bytearray(line)
+    for _ in range(generator.integers(1, 4)):
+        position = int(generator.integers(len(changed) + 1))
+        kind = generator.integers(6)
+        byte = bytes([generator.integers(256)])
+        if kind == 0:
+            changed[position : position + 1] = byte
+        elif kind == 1:
+            changed[position:position] = generator.choice([b"\t", b"-", b"0", b"\0", b"f", b"\r"])
+        elif kind == 2:
+            del changed[position : position + int(generator.integers(1, 12))]
+        elif kind == 3:
+            changed[position:position] = b"9" * int(generator.integers(1, 25))
+        elif kind == 4:
+            fields = bytes(changed).split(b"\t")
+            fields[generator.integers(len(fields))] = generator.choice(fields)
+            changed = bytearray(b"\t".join(fields))
+        else:
+            changed[position:position] = byte * int(generator.integers(1, 4))
+    return bytes(changed).replace(b"\n", b"")
+
+
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(3000, id="few"), pytest.param(100_000, id="many", marks=pytest.mark.long)],
+)
+def test_fuzzed_lines(scratch: Path, made_up_lines: Any, count: int) -> None:
+    generator = np.random.default_rng(count)
+    good = made_up_lines(500).splitlines()
+    lines = []
+    for _ in range(count):
+        line = good[generator.integers(len(good))]
+        lines.append(line if generator.random() < 0.3 else fuzzed_line(generator, line))
+    scratch.write_bytes(b"\n".join([*lines, b""]))
+    rows = [oracle_row(line) for line in lines]
+    blocks = list(read_blocks(scratch, labelled=True, bad_rows="skip", block_bytes=100_000))
+    assert rows_in(blocks) == [row for row in rows if row is not None]
+    assert sum(sum(block.rejected.values()) for block in blocks) == rows.count(None)
+    assert 0.2 * count < rows.count(None) < 0.7 * count
+    bad = {number for number, row in enumerate(rows, start=1) if row is None}
+    assert {example.line for block in blocks for example in block.examples} <= bad
+    with pytest.raises(UserError, match=f"line {min(bad)}, column"):
+        parsed(scratch, labelled=True)
+
+
 def test_the_schema_describes_the_rows() -> None:
-    schema = criteo.schema(tuple(range(1, 27)), "a rule", value_modulus=5)
+    schema = criteo.schema(tuple(range(1, 27)), "a rule")
     assert [feature.name for feature in schema.dense] == [f"int_{index}" for index in range(13)]
     assert [feature.name for feature in schema.sparse] == [f"cat_{index}" for index in range(26)]
     assert schema.num_embeddings == tuple(range(1, 27))
-    assert {feature.value_modulus for feature in schema.sparse} == {5}
     assert schema.source_format == "criteo-kaggle"
 
 
