@@ -1,12 +1,8 @@
-"""Raw rows of the Criteo Kaggle challenge: the only place that knows 13 and 26.
+"""Raw rows of Criteo's logs: the only place that knows 13 and 26.
 
-A row is a line of tab-separated fields: a label (0 or 1; absent in test.txt), 13 integers and 26
-ids of 8 hexadecimal digits. An integer or id may be empty, which means missing.
-
-pyarrow's CSV reader parses the numbers. It is lenient where a log must not be (a space or a
-``0x`` in a number, a quote), so a block of rows is accepted only when its bytes were checked as
-well: no byte but those a row can have, separators where they belong, fields of the right length.
-A block that fails is read again line by line, to name its first bad field.
+A row is a line of tab-separated fields: a label (0 or 1; absent in Kaggle's test.txt), 13 integers
+and 26 ids of 8 hexadecimal digits. An integer or id may be empty, which means missing. The Kaggle
+challenge and the 1TB click logs have the same rows.
 """
 
 from __future__ import annotations
@@ -14,17 +10,27 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.csv
 
+from dlrm.data.lines import LineBlock, read_lines
+from dlrm.data.row_parser import (
+    MARGIN,
+    MAX_LINE_BYTES,
+    BadLine,
+    Layout,
+    ParsedBlock,
+    Reason,
+    parse_block,
+    shown,
+)
 from dlrm.device import available_cores
 from dlrm.errors import UserError
 from dlrm.files import environment_faults
@@ -36,52 +42,70 @@ DENSE_NAMES = tuple(f"int_{index}" for index in range(13))
 SPARSE_NAMES = tuple(f"cat_{index}" for index in range(26))
 
 BLOCK_BYTES = 4 << 20
-"""Bytes read and parsed at a time: large enough that Python's share is small, small enough that
-the arrays of a block stay in the processor's cache."""
-MAX_LINE_BYTES = 64 << 10
-"""A longer line is refused, so that a file without line ends is not read into memory whole."""
-
-_ALPHABET = b"0123456789abcdefABCDEF-\t\n"
-_INTEGER = re.compile(rb"-?[0-9]+")
-_ID = re.compile(rb"[0-9a-fA-F]{8}")
+"""Bytes parsed at a time: large enough that Python's share is small, small enough that the arrays
+of a block are no burden."""
+_TAB = b"\t"
 _NAME = re.compile(rb"[\"']?[A-Za-z_]\w*[\"']?")
 _OTHER_SEPARATORS = {b",": "commas", b";": "semicolons", b" ": "spaces"}
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip"}
-_NEWLINE = ord("\n")
-_BYTE_ONES = np.uint64(0x0101010101010101)
-
+_FEATURES = len(DENSE_NAMES) + len(SPARSE_NAMES)
 logger = logging.getLogger("dlrm")
-
-Int32Array = npt.NDArray[np.int32]
-UInt32Array = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
-class Start:
+class Position:
+    """A place between two lines of a file.
+
+    Attributes:
+        offset: Bytes of the text before it, unpacked if the file is packed.
+        line: Lines before it.
+        row: Accepted rows before it.
+    """
+
     offset: int = 0
     line: int = 0
     row: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class RawBlock:
-    """Consecutive rows as they are in the file, n of them.
+@dataclass(frozen=True)
+class RejectedLine:
+    """A line that was skipped.
 
     Attributes:
-        first_row: The number of the first row in the file, from 0.
+        line: Its number in the file, from 1.
+        reason: What is wrong, in one word.
+        message: What is wrong, in full.
+    """
+
+    line: int
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class RawBlock:
+    """The rows of consecutive lines of a file, n of them; none if every line was rejected.
+
+    Attributes:
+        start: Where the lines begin.
+        end: Where they end, and reading can go on.
         labels: (n,) uint8 zeros and ones, or None where rows have no label.
         dense: (n, 13) int32; missing and negative values are 0.
         sparse: (n, 26) uint32 values of the hexadecimal ids; missing ones are 0.
+        missing: (13,) in how many rows each integer is missing.
+        rejected: How many lines are no rows, by reason, the commonest first.
+        examples: The first of them, up to ``EXAMPLES`` of each reason.
+        is_terminated: Whether the last line has a line end; only a file's last may lack it.
     """
 
-    first_row: int
+    start: Position
+    end: Position
     labels: npt.NDArray[np.uint8] | None
-    dense: Int32Array
-    sparse: UInt32Array
-    lines: int = 0
-    end: int = 0
-    rejected: tuple[Any, ...] = ()
-    missing: Any = 0
+    dense: npt.NDArray[np.int32]
+    sparse: npt.NDArray[np.uint32]
+    missing: npt.NDArray[np.int64]
+    rejected: Mapping[Reason, int]
+    examples: tuple[RejectedLine, ...]
+    is_terminated: bool
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -111,108 +135,132 @@ def read_blocks(
     path: Path,
     *,
     labelled: bool | None = None,
+    start: Position | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
     block_bytes: int = BLOCK_BYTES,
+    threads: int | None = None,
     observe: Callable[[bytes], None] | None = None,
-    start: Start = Start(),
-    bad_rows: str = "error",
 ) -> Iterator[RawBlock]:
-    """Read a file of rows in order, parsing blocks on as many threads as there are cores.
+    """Read a file of rows in order, plain or packed with gzip, in bounded memory.
 
-    Lines may end in LF or CRLF. A file whose last line has no end is read, with a warning.
+    Lines may end in LF or CRLF. A file whose last line has no end is read, with a warning. What a
+    block holds does not depend on threads; to read on from a block's end gives the blocks that an
+    uninterrupted reading gives (where ``labelled`` is told).
 
     Args:
-        path: train.txt, test.txt or a file like them.
-        labelled: Whether rows begin with a label; None: as the first row's number of fields says.
-        block_bytes: Bytes read at a time.
-        observe: Called with every run of bytes read, in order.
+        path: train.txt, test.txt, day_0 or a file like them.
+        labelled: Whether rows begin with a label; None: as the number of fields of the first line
+            says, or of the first that can be a row if bad ones are skipped.
+        start: Where to begin; None: at the beginning. A file packed with gzip is unpacked from its
+            beginning all the same.
+        bad_rows: What a malformed line is: an error, or skipped and counted.
+        block_bytes: Bytes of the lines that are parsed at a time.
+        threads: How many to parse on; None: as many as there are cores.
+        observe: Called with every run of bytes as they are in the file, packed or not, in order.
+            With it the file is read from its beginning, wherever ``start`` is.
 
     Raises:
-        UserError: The file is missing or empty, or a row is malformed; the first such row of the
-            file is named by line and column.
+        UserError: The file is missing, empty, cut short or packed otherwise, or a row is malformed;
+            the first such row of the file is named by line and column.
         EnvironmentFaultError: The file cannot be read.
     """
-    with environment_faults(f"read {path}"), _open(path) as file:
-        file.seek(start.offset)
-        end = start.offset
-        sizes: deque[int] = deque()
-        lines = _whole_lines(path, file, block_bytes, observe)
-        first = next(lines, b"")
-        if not first:
+    position = start or Position()
+    threads = threads or available_cores()
+    blocks = read_lines(
+        path,
+        margin=MARGIN,
+        block_bytes=block_bytes,
+        max_line_bytes=MAX_LINE_BYTES,
+        offset=position.offset,
+        skip_long=bad_rows == "skip",
+        observe=observe,
+    )
+    with environment_faults(f"read {path}"), ThreadPoolExecutor(threads) as pool:
+        first = next(blocks, None)
+        if first is None:
+            if position.offset:
+                return
             raise UserError(f"{path} is empty. Check that it was downloaded or unpacked whole.")
-        for magic, packer in _COMPRESSED.items():
-            if first.startswith(magic):
-                raise UserError(
-                    f"{path}, line 1, column 1: expected tab-separated text, got a file compressed "
-                    f"with {packer}. Unpack it first: this version reads plain text."
-                )
         inferred = labelled is None
         if labelled is None:
-            labelled = _has_label(path, first)
-        width = len(DENSE_NAMES) + len(SPARSE_NAMES) + int(labelled)
-        cores = available_cores()
-        first_row = start.row
-        sizes.append(len(first))
-        with ThreadPoolExecutor(cores) as pool:
-            parsing: deque[Future[_Columns]] = deque([pool.submit(_parse, first, width)])
-            while parsing:
-                # One block more than there are cores, so that none waits for the reader.
-                while len(parsing) <= cores and (block := next(lines, b"")):
-                    parsing.append(pool.submit(_parse, block, width))
-                    sizes.append(len(block))
+            labelled = _has_label(path, first, position.line, skip=bad_rows == "skip")
+        layout = Layout(labelled, len(DENSE_NAMES), len(SPARSE_NAMES))
+        unread = chain([first], blocks)
+        parsing: deque[tuple[LineBlock, Future[ParsedBlock]]] = deque()
+        failure: Exception | None = None
+        while True:
+            # One block more than there are threads, so that none waits for the reader.
+            while failure is None and len(parsing) <= threads:
                 try:
-                    labels, dense, sparse = parsing.popleft().result()
-                except _BadFieldError as bad:
-                    raise UserError(bad.message(path, first_row, labelled, inferred)) from None
-                end += sizes.popleft()
-                yield RawBlock(first_row, labels, dense, sparse, lines=len(dense), end=end)
-                first_row += len(dense)
+                    block = next(unread, None)
+                except Exception as error:  # raised once the blocks before it are read
+                    failure = error
+                    break
+                if block is None:
+                    break
+                future = pool.submit(
+                    parse_block, block.buffer, layout, first_only=bad_rows == "error"
+                )
+                parsing.append((block, future))
+            if not parsing:
+                break
+            block, future = parsing.popleft()
+            parsed = future.result()
+            examples = tuple(
+                RejectedLine(
+                    position.line + bad.index + 1,
+                    bad.error.reason,
+                    _message(path, position.line, bad, labelled=labelled, inferred=inferred),
+                )
+                for bad in parsed.examples
+            )
+            if examples and bad_rows == "error":
+                raise UserError(examples[0].message)
+            if not block.is_terminated:
+                logger.warning(
+                    "%s: the last line has no line end; it is read as it is, but the file may be "
+                    "cut short",
+                    path,
+                )
+            end = Position(
+                block.end, position.line + parsed.lines, position.row + len(parsed.dense)
+            )
+            yield RawBlock(
+                position,
+                end,
+                parsed.labels,
+                parsed.dense,
+                parsed.sparse,
+                parsed.missing,
+                dict(parsed.rejected.most_common()),
+                examples,
+                block.is_terminated,
+            )
+            position = end
+        if failure is not None:
+            raise failure
 
 
-def _open(path: Path) -> IO[bytes]:
-    try:
-        return open(path, "rb", buffering=0)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist. Check the path.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder. Name the file of raw rows.") from None
+def _has_label(path: Path, block: LineBlock, lines_before: int, *, skip: bool) -> bool:
+    """Tell from the number of fields of a first line whether rows have labels.
 
-
-def _whole_lines(
-    path: Path, file: IO[bytes], block_bytes: int, observe: Callable[[bytes], None] | None
-) -> Iterator[bytes]:
-    """Cut a file into runs of whole lines, each ending in a newline."""
-    rest = b""
-    while chunk := file.read(block_bytes):
-        if observe is not None:
-            observe(chunk)
-        end = chunk.rfind(b"\n") + 1
-        if end:
-            yield rest + chunk[:end]
-            rest = chunk[end:]
-        else:
-            rest += chunk
-            if len(rest) > MAX_LINE_BYTES:
-                yield rest + b"\n"  # what is there suffices for the parser to refuse it
-                return
-    if rest:
-        logger.warning(
-            "%s: the last line has no line end; it is read as it is, but the file may be cut short",
-            path,
-        )
-        yield rest + b"\n"
-
-
-def _has_label(path: Path, block: bytes) -> bool:
-    features = len(DENSE_NAMES) + len(SPARSE_NAMES)
-    line = block[: block.index(b"\n")]
-    fields = line.count(b"\t") + 1
-    if fields not in (features, features + 1):
-        raise UserError(
-            f"{path}, line 1: expected {features + 1} tab-separated fields (a label, "
-            f"{len(DENSE_NAMES)} integers, {len(SPARSE_NAMES)} ids) or {features} (no label), got "
-            f"{fields}: {_shown(line)}. {_remedy(line, 0, labelled=False)}"
-        )
-    return fields == features + 1
+    Args:
+        path: For messages.
+        block: The first lines.
+        lines_before: How many lines of the file are before them.
+        skip: Look on for a line of either number of fields.
+    """
+    lines = bytes(block.buffer[MARGIN:-1]).split(b"\n")
+    for line in lines if skip else lines[:1]:
+        fields = line.count(_TAB) + 1
+        if fields in (_FEATURES, _FEATURES + 1):
+            return fields == _FEATURES + 1
+    first = lines[0]
+    raise UserError(
+        f"{path}, line {lines_before + 1}: expected {_FEATURES + 1} tab-separated fields (a label, "
+        f"{len(DENSE_NAMES)} integers, {len(SPARSE_NAMES)} ids) or {_FEATURES} (no label), got "
+        f"{first.count(_TAB) + 1}: {shown(first)}. {_remedy(first, lines_before, labelled=False)}"
+    )
 
 
 def _remedy(line: bytes, row: int, *, labelled: bool) -> str:
@@ -225,206 +273,39 @@ def _remedy(line: bytes, row: int, *, labelled: bool) -> str:
     """
     features = len(DENSE_NAMES) + len(SPARSE_NAMES)
     for separator, name in _OTHER_SEPARATORS.items():
-        if b"\t" not in line and line.count(separator) + 1 in (features, features + 1):
+        if _TAB not in line and line.count(separator) + 1 in (features, features + 1):
             return f"Its fields are separated by {name}: put tabs in their place."
-    if row == 0 and _NAME.fullmatch(line.split(b"\t")[0]):
+    if row == 0 and _NAME.fullmatch(line.split(_TAB)[0]):
         return "It looks like a header: remove it, every line must be a row."
-    if row == 0 and labelled and line.count(b"\t") + 1 == features:
+    if row == 0 and labelled and line.count(_TAB) + 1 == features:
         return (
             "It has no label, as in Criteo's test.txt, which cannot be trained on: name train.txt."
         )
     return "Mend or remove that line, or get the file again."
 
 
-_Columns = tuple[npt.NDArray[np.uint8] | None, Int32Array, UInt32Array]
+def _message(path: Path, lines_before: int, bad: BadLine, *, labelled: bool, inferred: bool) -> str:
+    """Say what is wrong with a line, and what to do.
 
-
-def _parse(block: bytes, width: int) -> _Columns:
-    """Parse whole lines of ``width`` fields each.
-
-    Raises:
-        _BadFieldError: Of the first malformed line.
+    Args:
+        path: Its file.
+        lines_before: Lines of the file before its block.
+        bad: The line.
+        labelled: Whether rows begin with a label.
+        inferred: Whether that is what the first line was taken for.
     """
-    if b"\r" in block:
-        block = block.replace(b"\r\n", b"\n")
-    parsed = _parse_block(block, width)
-    return _parse_lines(block, width) if parsed is None else parsed
-
-
-def _parse_block(block: bytes, width: int) -> _Columns | None:
-    """Parse lines at once; None when any of them may be malformed."""
-    if block.translate(None, _ALPHABET):
-        return None
-    text = np.frombuffer(block, np.uint8)
-    separators = np.flatnonzero(text - np.uint8(ord("\t")) < 2)  # a tab, or a newline after it
-    rows = block.count(b"\n")
-    if len(separators) != rows * width:
-        return None
-    ends = separators.reshape(rows, width)
-    if (text[ends[:, -1]] != _NEWLINE).any():
-        return None
-    if np.diff(ends[:, -1], prepend=-1).max() > MAX_LINE_BYTES:
-        return None
-    lengths = np.diff(separators, prepend=-1).reshape(rows, width) - 1
-
-    labels, dense = None, np.empty((rows, len(DENSE_NAMES)), np.int32)
-    names = [str(index) for index in range(width)]
-    numbers = names[: -len(SPARSE_NAMES)]
-    try:
-        table = pa.csv.read_csv(
-            pa.BufferReader(block),
-            pa.csv.ReadOptions(use_threads=False, block_size=len(block), column_names=names),
-            pa.csv.ParseOptions(delimiter="\t", quote_char=False),
-            pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(numbers, pa.int64()),
-                include_columns=numbers,
-                null_values=[""],
-            ),
-        )
-    except pa.ArrowInvalid:
-        return None
-    columns = [column.fill_null(0).to_numpy() for column in table.columns]
-    if len(numbers) > len(DENSE_NAMES):
-        if (lengths[:, 0] != 1).any():
-            return None
-        label = columns.pop(0)
-        if (label >> 1).any():
-            return None
-        labels = label.astype(np.uint8)
-    for index, column in enumerate(columns):
-        if column.max() >= 2**31:
-            return None
-        np.maximum(column, 0, out=dense[:, index], casting="unsafe")
-
-    id_lengths = lengths[:, len(numbers) :]
-    present = id_lengths == 8
-    if not (present | (id_lengths == 0)).all():
-        return None
-    # The 8 bytes before the end of each id, as one number. Where an id is missing they are other
-    # fields; there are always 8, the separators of the integers.
-    words = np.ndarray((len(block) - 7,), "<u8", block, strides=(1,))
-    sparse = _hexadecimal(words[ends[:, len(numbers) :] - 8], present)
-    return None if sparse is None else (labels, dense, sparse)
-
-
-def _hexadecimal(
-    words: npt.NDArray[np.uint64], present: npt.NDArray[np.bool_]
-) -> UInt32Array | None:
-    """Convert ids, each 8 characters in a little-endian word; None when one has a minus sign.
-
-    Only characters of ``_ALPHABET`` are in them. Bit 6 tells letters from digits.
-    """
-    words = np.where(present, words, np.uint64(0x3030303030303030))  # missing is "00000000"
-    letters = words >> np.uint64(6) & _BYTE_ONES
-    if ((words >> np.uint64(4) & _BYTE_ONES | letters) != _BYTE_ONES).any():
-        return None
-    digits = (words & _BYTE_ONES * np.uint64(15)) + letters * np.uint64(9)
-    # Neighbours are joined, the first the more significant: 8 digits of 4 bits, 4 of 8, 2 of 16.
-    for bits, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0xFFFFFFFF)):
-        digits = (digits << np.uint64(bits) | digits >> np.uint64(2 * bits)) & np.uint64(mask)
-    return digits.astype(np.uint32)
-
-
-def _parse_lines(block: bytes, width: int) -> _Columns:
-    """Parse lines one by one, to find the first malformed one."""
-    labels, dense, sparse = [], [], []
-    for row, line in enumerate(block[:-1].split(b"\n")):
-        try:
-            label, integers, ids = _parse_line(line, width)
-        except _BadFieldError as bad:
-            bad.row, bad.line = row, line
-            raise
-        labels.append(label)
-        dense.append(integers)
-        sparse.append(ids)
-    labelled = width > len(DENSE_NAMES) + len(SPARSE_NAMES)
-    return (
-        np.array(labels, np.uint8) if labelled else None,
-        np.array(dense, np.int32),
-        np.array(sparse, np.uint32),
+    names = ((LABEL,) if labelled else ()) + DENSE_NAMES + SPARSE_NAMES
+    column = bad.error.column
+    name = names[column] if column < len(names) else "beyond the last"
+    number = lines_before + bad.index
+    # What the first row is taken for matters if it, or a row unlike it, may have lost a field.
+    doubtful = number == 0 or bad.line.count(_TAB) + 1 != len(names)
+    reason = (
+        f" (the first row has {len(names)} fields, so rows are read as "
+        f"{'labelled' if labelled else 'unlabelled'})"
     )
-
-
-class _BadFieldError(Exception):
-    """A field that is not as it should be; ``row`` counts within the block, ``column`` from 0.
-
-    ``line`` is the row's text.
-    """
-
-    def __init__(self, column: int, expected: str, got: str) -> None:
-        super().__init__(expected)
-        self.row = 0
-        self.line = b""
-        self.column = column
-        self.expected = expected
-        self.got = got
-
-    def message(self, path: Path, first_row: int, labelled: bool, inferred: bool) -> str:
-        names = ((LABEL,) if labelled else ()) + DENSE_NAMES + SPARSE_NAMES
-        name = names[self.column] if self.column < len(names) else "beyond the last"
-        row = first_row + self.row
-        # What the first row is taken for matters if it, or a row unlike it, may have lost a field.
-        doubtful = row == 0 or self.line.count(b"\t") + 1 != len(names)
-        reason = (
-            f" (the first row has {len(names)} fields, so rows are read as "
-            f"{'labelled' if labelled else 'unlabelled'})"
-        )
-        return (
-            f"{path}, line {row + 1}, column {self.column + 1} ({name}): expected "
-            f"{self.expected}, got {self.got}{reason if inferred and doubtful else ''}. "
-            f"{_remedy(self.line, row, labelled=labelled)}"
-        )
-
-
-def _parse_line(line: bytes, width: int) -> tuple[int, list[int], list[int]]:
-    if len(line) >= MAX_LINE_BYTES:
-        raise _BadFieldError(0, f"a line shorter than {MAX_LINE_BYTES} bytes", _shown(line))
-    fields = line.split(b"\t")
-    if len(fields) != width:
-        expected = f"{width} tab-separated fields"
-        if not line:
-            raise _BadFieldError(0, expected, "a blank line")
-        column = min(len(fields), width)  # the first that is missing or too many
-        raise _BadFieldError(column, expected, f"{len(fields)}: {_shown(line)}")
-    numbers = width - len(SPARSE_NAMES)
-    has_label = numbers - len(DENSE_NAMES)
-    label = 0
-    if has_label:
-        if fields[0] not in (b"0", b"1"):
-            raise _BadFieldError(0, "a label, 0 or 1", _shown(fields[0]))
-        label = int(fields[0])
-    integers, ids = [0] * len(DENSE_NAMES), [0] * len(SPARSE_NAMES)
-    for index, field in enumerate(fields[has_label:numbers]):
-        if not field:
-            continue
-        if not _INTEGER.fullmatch(field):
-            raise _BadFieldError(has_label + index, "an integer or nothing", _shown(field))
-        digits = field.lstrip(b"-").lstrip(b"0")
-        # Python refuses to convert thousands of digits, and 64 bits never need more than 19.
-        value = int(digits or b"0") if len(digits) < 20 else 2**64
-        if field.startswith(b"-"):
-            if value > 2**63:
-                raise _BadFieldError(has_label + index, "an integer of 64 bits", _shown(field))
-        elif value >= 2**31:
-            raise _BadFieldError(
-                has_label + index, "an integer of at most 2147483647 (32 bits)", _shown(field)
-            )
-        else:
-            integers[index] = value
-    for index, field in enumerate(fields[numbers:]):
-        if not field:
-            continue
-        if not _ID.fullmatch(field):
-            raise _BadFieldError(numbers + index, "8 hexadecimal digits or nothing", _shown(field))
-        ids[index] = int(field, 16)
-    return label, integers, ids
-
-
-def _shown(field: bytes) -> str:
-    """Return a field as it may stand in a message."""
-    shown = repr(field)[1:]
-    return shown if len(shown) <= 42 else shown[:40] + "…"
-
-
-def is_gzip(path: Path) -> bool:
-    return open(path, "rb").read(2) == b"\x1f\x8b"
+    return (
+        f"{path}, line {number + 1}, column {column + 1} ({name}): expected {bad.error.expected}, "
+        f"got {bad.error.got}{reason if inferred and doubtful else ''}. "
+        f"{_remedy(bad.line, number, labelled=labelled)}"
+    )

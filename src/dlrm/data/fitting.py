@@ -82,15 +82,19 @@ def fit_feature(
     has_other = config.vocabulary == "train" or config.min_frequency > 1
     ranges = _ranges(generations, memory // _ENTRY_BYTES)
 
-    # First the values that get an id are marked where they first appear, and then counted off.
-    for low, high in ranges:
-        distinct = _distinct(generations, low, high)
-        _mark(generations, distinct, config.min_frequency)
-    known = 0
-    for generation in generations:
-        marked = np.flatnonzero(generation.ids == _MARKED)
-        generation.ids[marked] = np.arange(known, known + len(marked), dtype=np.int64)
-        known += len(marked)
+    mapped = has_other or len(generations) > 1
+    if mapped:
+        # First the values that get an id are marked where they first appear, then counted off.
+        for low, high in ranges:
+            _mark(generations, _distinct(generations, low, high), config.min_frequency)
+        known = 0
+        for generation in generations:
+            marked = np.flatnonzero(generation.ids == _MARKED)
+            generation.ids[marked] = np.arange(known, known + len(marked), dtype=np.int64)
+            known += len(marked)
+    else:
+        known = len(generations[0].ids)
+        generations[0].ids[:] = np.arange(known)
     num_embeddings = known + has_other
     if num_embeddings > _LARGEST_TABLE:
         raise UserError(
@@ -108,7 +112,6 @@ def fit_feature(
 
     checksum = write_vocabulary(vocabulary, parts())
     other_id = known if has_other else -1
-    mapped = has_other or len(generations) > 1
     if mapped:
         for number, generation in enumerate(generations):
             ids = np.where(generation.ids < 0, np.int32(other_id), generation.ids)
@@ -251,8 +254,8 @@ def _distinct(generations: Sequence[_Generation], low: int, high: int) -> _Disti
     )
     numbers = np.concatenate(chosen)
     of = np.repeat(np.arange(len(chosen), dtype=np.int16), [len(each) for each in chosen])
-    # Stable, so that of equal values the earliest generation's comes first.
-    order = np.argsort(values, kind="stable")
+    # Stable, so that of equal values the earliest generation's comes first; one has none equal.
+    order = np.argsort(values, kind="stable" if len(generations) > 1 else None)
     values, counts, numbers, of = values[order], counts[order], numbers[order], of[order]
     is_first = np.ones(len(values), bool)
     is_first[1:] = values[1:] != values[:-1]

@@ -17,6 +17,7 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,14 @@ from dlrm.data.dataset import (
 from dlrm.data.fitting import FittedFeature, fit_feature
 from dlrm.data.reading import read_raw
 from dlrm.data.sources import PIPE, RawSource, SourceFile, describe_file, raw_source, spool_pipe
-from dlrm.data.splits import RULES, SplitRows, StoredOrder, day_lengths, hold_back_last
+from dlrm.data.splits import (
+    PERMUTATION_BYTES,
+    RULES,
+    SplitRows,
+    StoredOrder,
+    day_lengths,
+    hold_back_last,
+)
 from dlrm.data.spool import Spool
 from dlrm.data.verification import verify
 from dlrm.device import available_cores
@@ -284,6 +292,17 @@ class _Preparation:
                     "another DATASET, or start over with --overwrite."
                 )
         self._tell_plan()
+        self._require_permutable(sum(_estimate_rows(file.path) for file in self.source.files))
+
+    def _require_permutable(self, rows: int) -> None:
+        """Refuse an order that would take too much memory."""
+        needed = rows * PERMUTATION_BYTES
+        if self.config.shuffle in ("reference", "reference-day") and needed > self.memory:
+            raise UserError(
+                f"--shuffle {self.config.shuffle} draws a permutation of about {rows:,} rows, for "
+                f"which {size_text(needed)} of memory are needed and {size_text(self.memory)} are "
+                "left. Use --shuffle total, or raise --memory."
+            )
 
     @property
     def _inputs_file(self) -> Path:
@@ -332,14 +351,18 @@ class _Preparation:
             sources = tuple(map(_as_source, self.source.files))
             write_json(self._inputs_file, _Inputs(sources, self.config))
             spool = Spool(self.work / "spool")
-        self._read(spool)
+        with _stage("read"):
+            self._read(spool)
         split = self._split(spool)
-        fitted = self._fit(spool, split)
+        with _stage("fit"):
+            fitted = self._fit(spool, split)
         schema = self._schema(fitted)
         arranger = Arranger(spool, schema, fitted, self.work)
         day_clicks = self._day_clicks(spool, split)
-        runs, parts = self._arrange(spool, split, schema, arranger)
-        splits = self._write(split, schema, arranger, runs, parts)
+        with _stage("arrange"):
+            runs, parts = self._arrange(spool, split, schema, arranger)
+        with _stage("write"):
+            splits = self._write(split, schema, arranger, runs, parts)
         manifest = Manifest(
             splits=splits,
             schema_fingerprint=schema.fingerprint,
@@ -353,7 +376,8 @@ class _Preparation:
             rejected=_sum_counts([segment.rejected for segment in spool.segments]),
             rejected_examples=tuple(row for each in spool.segments for row in each.examples),
         )
-        verify(Dataset(self.partial, schema, manifest))
+        with _stage("verify"):
+            verify(Dataset(self.partial, schema, manifest))
         publish(self.partial, self.dataset, schema, manifest, overwrite=self.overwrite)
         with environment_faults(f"write to {self.work}"):
             shutil.rmtree(self.work)
@@ -455,6 +479,7 @@ class _Preparation:
         if self.config.shuffle == "none":
             return [], 0
         train = split.ranges["train"]
+        self._require_permutable(len(train))
         order = StoredOrder(
             split.train_days, self.config.shuffle, self.config.seed, part_rows(schema)
         )
@@ -532,6 +557,14 @@ class _Preparation:
             return list(progress(stage, len(items), pool.map(work, items), unit=unit))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Tell how long a stage took."""
+    started = time.perf_counter()
+    yield
+    logger.info("%-8s %7.1f s", name, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,18 +13,16 @@ import numpy.typing as npt
 from dlrm.config import PrepareConfig
 from dlrm.data import criteo
 from dlrm.data.numbering import FeatureNumberings
-from dlrm.data.sources import RawSource, SourceFile, describe_file
+from dlrm.data.sources import RawSource, describe_file
 from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
 from dlrm.data.vocabulary import taken_modulo
 from dlrm.device import available_cores
 from dlrm.errors import UserError
-from dlrm.files import environment_faults
 
 SEGMENT_ROWS = 1 << 18
 """Rows of a segment, about: what is numbered, written and, if need be, read again at a time."""
 _EXAMPLES = 20
 """Skipped rows that are kept to be shown."""
-_CHUNK_BYTES = 4 << 20
 
 _Values = npt.NDArray[np.uint32]
 
@@ -54,9 +53,9 @@ def read_raw(
         for number, file in enumerate(source.files):
             last = reader.last
             if last is None or last.file < number:
-                reader.read_file(number, criteo.Start())
+                reader.read_file(number, criteo.Position())
             elif last.file == number and not last.source_sha256:
-                reader.read_file(number, criteo.Start(last.end, last.lines))
+                reader.read_file(number, criteo.Position(last.end, last.lines))
             else:
                 progress(file.bytes)
 
@@ -100,22 +99,17 @@ class _RawReader:
         ]
         self._numberings.restore(feature, self.last.generations[feature], values)
 
-    def read_file(self, number: int, start: criteo.Start) -> None:
+    def read_file(self, number: int, start: criteo.Position) -> None:
         """Read a file of the source, or the rest of one that was read up to ``start``."""
         file = self._source.files[number]
         digest = hashlib.sha256()
-        last_byte = b""
 
         def observe(chunk: bytes) -> None:
-            nonlocal last_byte
             digest.update(chunk)
             self._progress(len(chunk))
-            last_byte = chunk[-1:]
 
-        if start.offset and not criteo.is_gzip(file.path):
-            _observe_head(file, start.offset, observe)
         blocks: list[criteo.RawBlock] = []
-        rows, end, lines = 0, start.offset, start.line
+        rows, end, is_terminated = 0, start, True
         for block in criteo.read_blocks(
             file.path,
             labelled=True,
@@ -124,16 +118,16 @@ class _RawReader:
             bad_rows=self._config.bad_rows,
         ):
             blocks.append(block)
-            rows, end, lines = rows + len(block), block.end, lines + block.lines
+            rows, end, is_terminated = rows + len(block), block.end, block.is_terminated
             if rows >= SEGMENT_ROWS:
-                self._write_segment(number, blocks, end, lines)
+                self._write_segment(number, blocks, end)
                 blocks, rows = [], 0
         if describe_file(file.path, file.name) != file:
             raise UserError(
                 f"{file.path} changed while it was read. Prepare it once it is complete."
             )
         self._write_segment(
-            number, blocks, end, lines, digest.hexdigest(), lacks_last_newline=last_byte != b"\n"
+            number, blocks, end, digest.hexdigest(), lacks_last_newline=not is_terminated
         )
         self._wait()
 
@@ -141,8 +135,7 @@ class _RawReader:
         self,
         file: int,
         blocks: Sequence[criteo.RawBlock],
-        end: int,
-        lines: int,
+        end: criteo.Position,
         source_sha256: str = "",
         *,
         lacks_last_newline: bool = False,
@@ -158,8 +151,8 @@ class _RawReader:
         segment = Segment(
             number=0 if last is None else last.number + 1,
             file=file,
-            end=end,
-            lines=lines,
+            end=end.offset,
+            lines=end.line,
             first_row=0 if last is None else last.end_row,
             rows=len(labels),
             clicks=int(labels.sum(dtype=np.int64)),
@@ -219,39 +212,26 @@ class _RawReader:
         return [each[0] for each in numbered], [each[1] for each in numbered]
 
     def _count_rejected(self, blocks: Sequence[criteo.RawBlock]) -> dict[str, int]:
-        counted: dict[str, int] = {}
+        counted: Counter[str] = Counter()
         for block in blocks:
-            for row in block.rejected:
-                counted[row.reason] = counted.get(row.reason, 0) + 1
-                self._rejected += 1
-                if self._rejected > self._config.max_bad_rows:
-                    raise UserError(
-                        f"{row.message} That is malformed row number {self._rejected}, and "
-                        f"--max-bad-rows is {self._config.max_bad_rows}."
-                    )
-        return counted
+            counted.update(block.rejected)
+            self._rejected += sum(block.rejected.values())
+            if self._rejected > self._config.max_bad_rows:
+                raise UserError(
+                    f"{block.examples[-1].message} With it there are {self._rejected} malformed "
+                    f"rows, and --max-bad-rows is {self._config.max_bad_rows}."
+                )
+        return dict(counted)
 
     def _take_examples(
         self, file: int, blocks: Sequence[criteo.RawBlock]
     ) -> tuple[RejectedRow, ...]:
         name = self._source.files[file].name
-        rows = [
-            RejectedRow(name, row.line, row.reason, row.message)
-            for block in blocks
-            for row in block.rejected
-        ][: _EXAMPLES - self._examples]
-        self._examples += len(rows)
-        return tuple(rows)
+        lines = [line for block in blocks for line in block.examples][: _EXAMPLES - self._examples]
+        self._examples += len(lines)
+        return tuple(RejectedRow(name, line.line, line.reason, line.message) for line in lines)
 
 
 _NO_DENSE = np.zeros((0, len(criteo.DENSE_NAMES)), np.int32)
 _NO_MISSING = np.zeros(len(criteo.DENSE_NAMES), np.int64)
 _NO_VALUES = np.zeros(0, np.uint32)
-
-
-def _observe_head(file: SourceFile, size: int, observe: Callable[[bytes], None]) -> None:
-    """Show the first bytes of a file, which need not be parsed again, to an observer."""
-    with environment_faults(f"read {file.path}"), open(file.path, "rb") as content:
-        while size and (chunk := content.read(min(size, _CHUNK_BYTES))):
-            observe(chunk)
-            size -= len(chunk)

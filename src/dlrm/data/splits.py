@@ -84,6 +84,11 @@ def day_lengths(rows: int, source: str) -> tuple[int, ...]:
     return tuple(shortest + (day < longer) for day in range(DAYS))
 
 
+PERMUTATION_BYTES = 12
+"""Memory that a permutation of the reference takes for each training row, while it is drawn."""
+_CHUNK_ROWS = 1 << 20
+
+
 class StoredOrder:
     """The order in which training rows are stored, and the part of the DATASET that each goes to.
 
@@ -101,7 +106,7 @@ class StoredOrder:
     def __init__(self, days: tuple[int, ...], shuffle: Shuffle, seed: int, part_rows: int) -> None:
         assert shuffle != "none"
         self._seed = seed
-        self._position: npt.NDArray[np.int64] | None = None
+        self._position: npt.NDArray[np.integer] | None = None
         self._part_rows = part_rows
         rows = sum(days)
         # Only hashes are ordered within days one by one; a permutation is already.
@@ -118,8 +123,10 @@ class StoredOrder:
             else:
                 by_day = np.split(np.arange(rows), np.cumsum(days)[:-1])
                 order = np.concatenate([random_state.permutation(day) for day in by_day])
-            self._position = np.empty(rows, np.int64)
-            self._position[order] = np.arange(rows)
+            self._position = np.empty(rows, np.int32 if rows < 1 << 31 else np.int64)
+            for start in range(0, rows, _CHUNK_ROWS):
+                chunk = order[start : start + _CHUNK_ROWS]
+                self._position[chunk] = np.arange(start, start + len(chunk))
 
     def place(
         self, rows: npt.NDArray[np.int64]
@@ -131,7 +138,7 @@ class StoredOrder:
         """
         if self._position is not None:
             position = self._position[rows]
-            return position // self._part_rows, position.astype(np.uint64)
+            return (position // self._part_rows).astype(np.int64), position.astype(np.uint64)
         keys = _hash(rows, self._seed)
         group = np.searchsorted(self._ends, rows, side="right")
         parts = self._parts_of_group[group].astype(np.uint64)

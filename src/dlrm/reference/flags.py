@@ -284,6 +284,14 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             _not_negative,
         ),
         Flag(
+            "--data-sub-sample-rate",
+            0.0,
+            "Drop a row without a click with this probability, on all days. The draws are the "
+            "reference's, from --numpy-rand-seed.",
+            float,
+            ("data_sub_sample_rate",),
+        ),
+        Flag(
             "--round-targets",
             False,
             "True or False: labels of the data are 0 and 1 already, so both mean the same.",
@@ -459,15 +467,9 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         _refused("--num-indices-per-lookup-fixed", False, _MADE_UP, _boolean),
         _refused("--data-trace-enable-padding", False, _MADE_UP, _boolean),
         _refused(
-            "--data-sub-sample-rate",
-            0.0,
-            "Dropping rows without a click is not supported yet. Drop it to train on all rows.",
-        ),
-        _refused(
             "--memory-map",
             False,
-            "Drop it: training reads blocks from disk in any case, and preparation holds all rows "
-            "in memory.",
+            "Drop it: preparation and training take little memory in any case.",
         ),
         _refused(
             "--print-precision",

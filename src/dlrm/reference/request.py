@@ -98,8 +98,8 @@ def parse(arguments: Sequence[str]) -> Request:
     run = Path(values["run"]) if values["run"] else _free_run()
     settings = _settings(values)
     if source.suffix == ".npz":
-        # Its raw values are numbered already: only ids can be taken modulo.
-        prepare_settings = {**settings, "max_ind_range": 0}
+        # Its rows are chosen and its values numbered already: only ids can be taken modulo.
+        prepare_settings = {**settings, "max_ind_range": 0, "data_sub_sample_rate": 0.0}
     else:
         prepare_settings = dict(settings)
     prepare_settings["shuffle"] = _SHUFFLES[values["data_randomize"]]

@@ -1,0 +1,399 @@
+"""One block of rows at a time: what a row is, and its parsing.
+
+A row is a line of tab-separated fields: a label (0 or 1; absent where rows have none), integers,
+and ids of 8 hexadecimal digits. An integer or id may be empty, which means missing. ``parse_line``
+defines it. The native parser (native/criteo.cpp), and the plain one with NumPy, find the same rows
+many times faster; what they do not take for one is given to ``parse_line``, which names its fault.
+
+The plain parser takes a field as the 8 bytes before its separator, as one number, of which those of
+other fields are masked out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dlrm.ops.library import library
+
+MAX_LINE_BYTES = 1 << 20
+"""A longer line is no row, so that a file without line ends is not read into memory whole."""
+MARGIN = 16
+"""Bytes before the lines of a block: a field's 16 bytes are there even where it is the first."""
+EXAMPLES = 10
+"""How many bad lines of each reason a block describes; it counts all."""
+
+Reason = Literal["blank", "fields", "label", "integer", "id", "too long"]
+"""Why a line is no row: it is blank, has another number of fields, a field that is no label,
+integer or id, or is longer than ``MAX_LINE_BYTES``."""
+
+BoolArray = npt.NDArray[np.bool_]
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+IntpArray = npt.NDArray[np.intp]
+UInt8Array = npt.NDArray[np.uint8]
+UInt32Array = npt.NDArray[np.uint32]
+UInt64Array = npt.NDArray[np.uint64]
+
+_TAB = b"\t"
+_INTEGER = re.compile(rb"-?[0-9]+")
+_ID = re.compile(rb"[0-9a-fA-F]{8}")
+_STEP_ROWS = 4096
+"""Rows that the plain parser takes at once."""
+# Words of 8 characters, or of 8 numbers of 8 bits.
+_ALL_1 = np.uint64(0x0101010101010101)
+_ALL_15, _ALL_118, _ALL_128 = 15 * _ALL_1, 118 * _ALL_1, 128 * _ALL_1
+_ZEROS = ord("0") * _ALL_1
+_EVEN_PAIRS = np.uint64(0x000000FF000000FF)
+_LAST_BYTES = np.array([2**64 - 2 ** (64 - 8 * length) for length in range(9)], np.uint64)
+"""What masks all but the last 0 … 8 characters of a word."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many fields of each kind a row has, in this order."""
+
+    labelled: bool
+    integers: int
+    ids: int
+
+    @property
+    def width(self) -> int:
+        """Fields of a row."""
+        return self.labelled + self.integers + self.ids
+
+
+@dataclass(frozen=True, eq=False)
+class ParsedBlock:
+    """The n rows among some lines.
+
+    Attributes:
+        lines: How many lines there are.
+        labels: (n,) uint8 zeros and ones, or None where rows have no label.
+        dense: (n, integers) int32; missing and negative values are 0.
+        sparse: (n, ids) uint32; missing ones are 0.
+        missing: (integers,) in how many rows each integer is missing.
+        rejected: How many lines are no rows, by reason.
+        examples: The first of them, up to ``EXAMPLES`` of each reason.
+    """
+
+    lines: int
+    labels: UInt8Array | None
+    dense: Int32Array
+    sparse: UInt32Array
+    missing: Int64Array
+    rejected: Counter[Reason]
+    examples: list[BadLine]
+
+
+@dataclass(frozen=True, eq=False)
+class BadLine:
+    """A line that is no row; ``index`` counts within its block."""
+
+    index: int
+    line: bytes
+    error: BadFieldError
+
+
+class BadFieldError(Exception):
+    """A field that is not as it should be; ``column`` counts from 0."""
+
+    def __init__(self, reason: Reason, column: int, expected: str, got: str) -> None:
+        super().__init__(expected)
+        self.reason = reason
+        self.column = column
+        self.expected = expected
+        self.got = got
+
+
+def parse_block(buffer: bytearray, layout: Layout, *, first_only: bool) -> ParsedBlock:
+    """Parse whole lines.
+
+    Args:
+        buffer: ``MARGIN`` bytes, the last a newline, and the lines, each with a newline.
+        layout: Of a row.
+        first_only: Stop at the first malformed line: the rows are of no use then.
+    """
+    if b"\r" in buffer:
+        buffer = buffer.replace(b"\r\n", b"\n")
+    parse = _parse_natively if library().loaded else _parse_plainly
+    return parse(buffer, layout, first_only)
+
+
+class _Rejects:
+    """Counts bad lines and keeps the first."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Reason] = Counter()
+        self.examples: list[BadLine] = []
+
+    def add(self, index: int, line: bytes, error: BadFieldError) -> None:
+        self.counts[error.reason] += 1
+        if self.counts[error.reason] <= EXAMPLES:
+            self.examples.append(BadLine(index, line, error))
+
+
+def _parse_natively(buffer: bytearray, layout: Layout, first_only: bool) -> ParsedBlock:
+    lines = buffer.count(b"\n") - 1
+    labels = torch.empty(lines, dtype=torch.uint8)
+    dense = torch.empty((lines, layout.integers), dtype=torch.int32)
+    sparse = torch.empty((lines, layout.ids), dtype=torch.uint32)
+    missing = torch.zeros(layout.integers, dtype=torch.int64)
+    text = torch.frombuffer(buffer, dtype=torch.uint8)
+    rejects = _Rejects()
+    begin, rows, bad = MARGIN, 0, 0
+    while begin < len(buffer):
+        # Returns early before a line that is no row.
+        found, size = torch.ops.dlrm.parse_rows(
+            text[begin:],
+            labels[rows:],
+            dense[rows:],
+            sparse[rows:],
+            missing,
+            layout.labelled,
+            MAX_LINE_BYTES + 1,  # with its end
+        )
+        begin, rows = begin + size, rows + found
+        if begin == len(buffer):
+            break
+        end = buffer.index(b"\n", begin)
+        line = bytes(memoryview(buffer)[begin:end])
+        try:
+            parse_line(line, layout)
+        except BadFieldError as error:
+            rejects.add(rows + bad, line, error)
+        else:
+            raise AssertionError(f"the native parser takes for no row: {line!r}")
+        begin, bad = end + 1, bad + 1
+        if first_only:
+            break
+    return ParsedBlock(
+        lines,
+        labels[:rows].numpy() if layout.labelled else None,
+        dense[:rows].numpy(),
+        sparse[:rows].numpy(),
+        missing.numpy(),
+        rejects.counts,
+        rejects.examples,
+    )
+
+
+def _parse_plainly(buffer: bytearray, layout: Layout, first_only: bool) -> ParsedBlock:
+    text = np.frombuffer(buffer, np.uint8)
+    lines, row_lines, begins, ends = _find_fields(text, layout.width)
+    rows = len(row_lines)
+    labels = np.empty(rows, np.uint8) if layout.labelled else None
+    dense = np.empty((rows, layout.integers), np.int32)
+    sparse = np.empty((rows, layout.ids), np.uint32)
+    valid = np.ones(rows, np.bool_)
+    integers = slice(int(layout.labelled), layout.labelled + layout.integers)
+    ids = slice(integers.stop, None)
+    for first in range(0, rows, _STEP_ROWS):
+        step = slice(first, first + _STEP_ROWS)
+        at, lengths = ends[step], ends[step] - begins[step] - 1
+        if labels is not None:
+            labels[step] = text[at[:, 0] - 1] - np.uint8(ord("0"))
+            valid[step] &= (lengths[:, 0] == 1) & (labels[step] < 2)
+        dense[step] = _parse_integers(text, at[:, integers], lengths[:, integers], valid[step])
+        sparse[step] = _parse_ids(text, at[:, ids], lengths[:, ids], valid[step])
+
+    rejects = _Rejects()
+    if rows < lines or not valid.all():
+        suspect = np.ones(lines, np.bool_)
+        suspect[row_lines[valid]] = False
+        newlines = np.flatnonzero(text == ord("\n"))
+        for index in np.flatnonzero(suspect).tolist():
+            line = bytes(buffer[newlines[index] + 1 : newlines[index + 1]])
+            try:
+                label, integer_values, id_values = parse_line(line, layout)
+            except BadFieldError as error:
+                rejects.add(index, line, error)
+                if first_only:
+                    break
+            else:
+                row = np.searchsorted(row_lines, index)
+                dense[row], sparse[row], valid[row] = integer_values, id_values, True
+                if labels is not None:
+                    labels[row] = label
+    is_missing = (ends[:, integers] - begins[:, integers]) == 1
+    if rejects.counts:
+        dense, sparse, is_missing = dense[valid], sparse[valid], is_missing[valid]
+        labels = labels[valid] if labels is not None else None
+    missing = is_missing.sum(axis=0)
+    return ParsedBlock(lines, labels, dense, sparse, missing, rejects.counts, rejects.examples)
+
+
+def _find_fields(text: UInt8Array, width: int) -> tuple[int, IntpArray, IntpArray, IntpArray]:
+    """Find the fields of the lines that have as many as a row.
+
+    Args:
+        text: A block.
+        width: Fields of a row.
+
+    Returns:
+        How many lines there are; which of them these are, (n,); and the offsets of the separators
+        before and after each field, (n, width).
+    """
+    separators = np.flatnonzero((text == ord("\t")) | (text == ord("\n")))
+    begins, ends = separators[:-1], separators[1:]
+    lines = int(np.count_nonzero(text == ord("\n"))) - 1
+    row_lines = np.arange(lines)
+    if len(ends) != lines * width or (text[ends[width - 1 :: width]] != ord("\n")).any():
+        fields = np.diff(np.flatnonzero(text[ends] == ord("\n")), prepend=-1)
+        row_lines = np.flatnonzero(fields == width)
+        kept = np.repeat(fields == width, fields)
+        begins, ends = begins[kept], ends[kept]
+    return lines, row_lines, begins.reshape(-1, width), ends.reshape(-1, width)
+
+
+def _words(text: UInt8Array, ends: IntpArray) -> UInt64Array:
+    """Return the 8 bytes before each offset as one number, the first byte the least significant."""
+    words = np.ndarray((len(text) - 7,), "<u8", text, strides=(1,))
+    return words[ends - 8]
+
+
+def _parse_integers(
+    text: UInt8Array, ends: IntpArray, lengths: IntpArray, valid: BoolArray
+) -> Int32Array:
+    """Parse fields of integers.
+
+    Args:
+        text: A block.
+        ends: (n, k) offsets of the fields' ends.
+        lengths: (n, k) of the fields.
+        valid: (n,) is made False for rows with a field that is malformed, or too long for this.
+
+    Returns:
+        (n, k), missing and negative values 0.
+    """
+    values, are_digits = _decimals(_words(text, ends), np.minimum(lengths, 8))
+    fits = are_digits & (lengths <= 8)
+    if not fits.all():
+        # What has a sign or more digits, and what is malformed.
+        others = np.nonzero(~fits)
+        ends, lengths = ends[others], lengths[others]
+        negative = (text[ends - lengths] == ord("-")) & (lengths > 0)
+        digits = lengths - negative
+        low, low_fits = _decimals(_words(text, ends), np.clip(digits, 0, 8))
+        high, high_fits = _decimals(_words(text, ends - 8), np.clip(digits - 8, 0, 8))
+        value = low + high * np.uint64(10**8)
+        values[others] = np.where(negative, 0, value)
+        fits[others] = (
+            (low_fits & high_fits) & ((digits >= 1) & (digits <= 16)) & (negative | (value < 2**31))
+        )
+        valid &= fits.all(axis=1)
+    return values.astype(np.int32)
+
+
+def _decimals(words: UInt64Array, lengths: IntpArray) -> tuple[UInt64Array, BoolArray]:
+    """Convert the last 0 to 8 characters of words to numbers; tell where all are digits."""
+    digits = (words ^ _ZEROS) & _LAST_BYTES[lengths]
+    # A byte above 9 has its highest bit set, or gets it when 118 is added.
+    valid = ((digits + _ALL_118 | digits) & _ALL_128) == 0
+    # Neighbours are joined, the first the more significant: four pairs, and then all at once.
+    pairs = digits * np.uint64(10) + (digits >> np.uint64(8))
+    values = (pairs & _EVEN_PAIRS) * np.uint64(100 + (10**6 << 32))
+    values += (pairs >> np.uint64(16) & _EVEN_PAIRS) * np.uint64(1 + (10**4 << 32))
+    values >>= np.uint64(32)
+    return values, valid
+
+
+def _parse_ids(
+    text: UInt8Array, ends: IntpArray, lengths: IntpArray, valid: BoolArray
+) -> UInt32Array:
+    """Parse fields of hexadecimal ids.
+
+    Args:
+        text: A block.
+        ends: (n, k) offsets of the fields' ends.
+        lengths: (n, k) of the fields.
+        valid: (n,) is made False for rows with a malformed field.
+
+    Returns:
+        (n, k), missing ones 0.
+    """
+    words = _words(text, ends)
+    np.putmask(words, lengths == 0, _ZEROS)
+    characters = words.view(np.uint8)
+    is_hexadecimal = characters - np.uint8(ord("0")) < 10
+    is_hexadecimal |= (characters | np.uint8(0x20)) - np.uint8(ord("a")) < 6
+    fits = (lengths == 8) | (lengths == 0)
+    if not (is_hexadecimal.all() and fits.all()):
+        valid &= is_hexadecimal.all(axis=1) & fits.all(axis=1)
+    # Bit 6 tells letters from digits; the low bits of a letter are its value less 9.
+    letters = words >> np.uint64(6) & _ALL_1
+    digits = (words & _ALL_15) + letters + (letters << np.uint64(3))
+    # Neighbours are joined in the low byte of each pair. These bytes are the id, the first the
+    # most significant.
+    pairs = digits << np.uint64(4) | digits >> np.uint64(8)
+    values: UInt32Array = pairs.view(np.uint16).astype(np.uint8).view(">u4").astype(np.uint32)
+    return values
+
+
+def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
+    """Parse a line without its line end, as it is defined what a row is.
+
+    Returns:
+        The label (0 where there is none), the integers, and the values of the ids.
+
+    Raises:
+        BadFieldError: It is no row.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise BadFieldError("too long", 0, f"a line of at most {MAX_LINE_BYTES} bytes", shown(line))
+    width = layout.width
+    fields = line.split(_TAB)
+    if len(fields) != width:
+        expected = f"{width} tab-separated fields"
+        if not line:
+            raise BadFieldError("blank", 0, expected, "a blank line")
+        column = min(len(fields), width)  # the first that is missing or too many
+        raise BadFieldError("fields", column, expected, f"{len(fields)}: {shown(line)}")
+    label = 0
+    if layout.labelled:
+        if fields[0] not in (b"0", b"1"):
+            raise BadFieldError("label", 0, "a label, 0 or 1", shown(fields[0]))
+        label = int(fields[0])
+    numbers = width - layout.ids
+    integers, ids = [0] * layout.integers, [0] * layout.ids
+    for index, field in enumerate(fields[layout.labelled : numbers]):
+        if field:
+            integers[index] = _parse_integer(field, layout.labelled + index)
+    for index, field in enumerate(fields[numbers:]):
+        if not field:
+            continue
+        if not _ID.fullmatch(field):
+            raise BadFieldError(
+                "id", numbers + index, "8 hexadecimal digits or nothing", shown(field)
+            )
+        ids[index] = int(field, 16)
+    return label, integers, ids
+
+
+def _parse_integer(field: bytes, column: int) -> int:
+    """Convert an integer; a negative one is 0."""
+    if not _INTEGER.fullmatch(field):
+        raise BadFieldError("integer", column, "an integer or nothing", shown(field))
+    digits = field.lstrip(b"-").lstrip(b"0")
+    # Python refuses to convert thousands of digits, and 64 bits never need more than 19.
+    value = int(digits or b"0") if len(digits) < 20 else 2**64
+    if field.startswith(b"-"):
+        if value > 2**63:
+            raise BadFieldError("integer", column, "an integer of 64 bits", shown(field))
+        return 0
+    if value >= 2**31:
+        expected = "an integer of at most 2147483647 (32 bits)"
+        raise BadFieldError("integer", column, expected, shown(field))
+    return value
+
+
+def shown(field: bytes) -> str:
+    """Return a field as it may stand in a message."""
+    shown = repr(field)[1:]
+    return shown if len(shown) <= 42 else shown[:40] + "…"
