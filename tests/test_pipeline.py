@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from dlrm import pipeline
 from dlrm.config import ModelConfig, PrepareConfig, TrainConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.pipeline import run_all
@@ -25,17 +25,21 @@ def test_the_plan_comes_first(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "estimate_rows", lambda _: 3000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     run = tmp_path / "run"
     with caplog.at_level(logging.INFO, "dlrm"):
         result = run_all(raw_rows, run, PrepareConfig(), TINY)
-    assert [record.getMessage() for record in caplog.records[:4]] == [
-        "plan: about 3000 rows, 471.0 kB of prepared data",
+    assert caplog.messages[:3] == [
         f"  1. prepare {run}/dataset",
         f"  2. train and evaluate in {run}",
         f"  3. predict {raw_rows}/test.txt into {run}/submission.csv",
     ]
-    assert caplog.records[-1].getMessage() == f"predicted 300 rows into {run}/submission.csv"
+    size = (raw_rows / "train.txt").stat().st_size
+    plan = caplog.messages[3]
+    assert plan.startswith(f"plan: train.txt, {size / 1000:.1f} kB, about ")
+    (rows,) = re.findall("about ([0-9,]+) rows", plan)
+    assert int(rows.replace(",", "")) == pytest.approx(3000, rel=0.02)
+    assert caplog.messages[-1] == f"predicted 300 rows into {run}/submission.csv"
     assert result.metrics["test"].samples == 214
     assert len((run / "submission.csv").read_text().splitlines()) == 301
 
@@ -53,7 +57,7 @@ def test_a_small_disk_ends_it_before_it_begins(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
-        EnvironmentFaultError, match=r"/run/dataset needs about 4\d\d\.\d kB of disk"
+        EnvironmentFaultError, match=r"/run/dataset needs about 9\d\d\.\d kB of disk"
     ):
         run_all(raw_rows, tmp_path / "run", PrepareConfig(), TINY)
     assert list(tmp_path.iterdir()) == []

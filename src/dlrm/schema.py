@@ -83,7 +83,7 @@ class FeatureSchema:
         Neither the wording of the split rule nor the format's version changes what a model takes.
         """
         # What format 1.0 did not have yet counts only where it is used, so that the fingerprints
-        # of its datasets stay what they are.
+        # of its datasets stay what they are. Fields keep their order.
         sparse = []
         for feature in self.sparse:
             content = dataclasses.asdict(feature)
@@ -92,7 +92,7 @@ class FeatureSchema:
                     del content[name]
             sparse.append(content)
         meaning = (self.label, self.dense, sparse, self.source_format)
-        encoded = msgspec.json.encode(meaning, order="deterministic")
+        encoded = msgspec.json.encode(meaning)
         return dataclasses.replace(self, fingerprint=hashlib.sha256(encoded).hexdigest())
 
     def with_max_ind_range(self, max_ind_range: int) -> FeatureSchema:

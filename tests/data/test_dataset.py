@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,15 +19,26 @@ from dlrm.data import dataset as dataset_module
 from dlrm.data.batch import Batch, make_batch
 from dlrm.data.dataset import (
     Dataset,
+    Manifest,
     Rows,
     copy_description,
-    new_dataset,
+    part_name,
+    publish,
+    stored_split,
     write_dataset,
+    write_part,
 )
-from dlrm.data.vocabulary import Encoder, fit
+from dlrm.data.vocabulary import Encoder, Vocabulary, write_vocabulary
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import locked
-from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature, read_schema, write_schema
+from dlrm.schema import (
+    SPLITS,
+    DenseFeature,
+    FeatureSchema,
+    SparseFeature,
+    read_schema,
+    write_schema,
+)
 
 SCHEMA = FeatureSchema(
     label="clicked",
@@ -314,12 +326,13 @@ def edit_json(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "schema.json"])
 def test_versions(dataset: Dataset, name: str) -> None:
     path = dataset.path / name
-    for version in ("2.0", "1.1", "0.9", "1", "", "1.0.0", "x"):
+    for version in ("2.0", "1.2", "0.9", "1", "", "1.0.0", "x"):
         edit_json(path, format_version=version)
         with pytest.raises(UserError, match=f"{name} has format version '{version}'; this dlrm"):
             Dataset.open(dataset.path)
-    edit_json(path, format_version="1.0")
-    Dataset.open(dataset.path)
+    for version in ("1.0", "1.1"):
+        edit_json(path, format_version=version)
+        Dataset.open(dataset.path)
 
 
 def test_a_folder_that_is_no_complete_dataset(dataset: Dataset, tmp_path: Path) -> None:
@@ -351,7 +364,7 @@ def test_equal_rows_give_equal_bytes(dataset: Dataset, tmp_path: Path) -> None:
     for file in files:
         assert (dataset.path / file).read_bytes() == (other.path / file).read_bytes()
     for part in dataset.manifest.splits["train"].parts:
-        assert dataset_module.sha256(dataset.path / part.file) == part.sha256
+        assert hashlib.sha256((dataset.path / part.file).read_bytes()).hexdigest() == part.sha256
 
 
 def test_what_is_there_is_not_overwritten(dataset: Dataset, tmp_path: Path) -> None:
@@ -368,30 +381,70 @@ def test_what_is_there_is_not_overwritten(dataset: Dataset, tmp_path: Path) -> N
         ("file", "exists and is not a folder"),
         ("link", "exists and is not a folder"),
     ]:
+        before = sorted(tmp_path.rglob("*"))
         for overwrite in (False, True):
-            with (
-                pytest.raises(UserError, match=reason),
-                new_dataset(tmp_path / name, SCHEMA, overwrite=overwrite),
-            ):
-                pass
-    assert (tmp_path / "papers" / "thesis.tex").exists()
+            with pytest.raises(UserError, match=reason):
+                publish(
+                    write_partial(tmp_path), tmp_path / name, SEALED, MANIFEST, overwrite=overwrite
+                )
+            shutil.rmtree(tmp_path / "partial")
+        with pytest.raises(UserError, match=reason):
+            write_dataset(tmp_path / name, SCHEMA, {"train": [TRAIN]})
+        assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="file is not a folder"):
         write_dataset(tmp_path / "file" / "dataset", SCHEMA, {})
 
 
+SEALED = SCHEMA.sealed()
+MANIFEST = Manifest({split: stored_split([]) for split in SPLITS}, SEALED.fingerprint)
+
+
+def write_partial(folder: Path) -> Path:
+    """A folder in which a DATASET without rows is written, but for its description."""
+    for split in SPLITS:
+        (folder / "partial" / split).mkdir(parents=True)
+    return folder / "partial"
+
+
+def test_a_dataset_is_replaced_only_if_that_is_asked_for(dataset: Dataset, tmp_path: Path) -> None:
+    partial = write_partial(tmp_path)
+    with pytest.raises(UserError, match="is a DATASET already"):
+        publish(partial, dataset.path, SEALED, MANIFEST)
+    assert Dataset.open(dataset.path).rows("train") == 1000
+    publish(partial, dataset.path, SEALED, MANIFEST, overwrite=True)
+    assert Dataset.open(dataset.path).rows("train") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+
+
+def test_a_part_is_described_by_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    written = write_part(tmp_path, part_name("test", 7), SCHEMA, in_runs(TRAIN[:50], 20))
+    path = tmp_path / "test" / "part-00007.arrow"
+    assert written.clicks == TRAIN.labels[:50].sum()
+    assert written.part.file == "test/part-00007.arrow"
+    assert written.part.rows == 50
+    assert written.part.bytes == path.stat().st_size
+    assert written.part.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        lengths = [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
+    assert lengths == [20, 20, 10]
+    split = stored_split([written, write_part(tmp_path, "test/other.arrow", SCHEMA, [])])
+    assert (split.rows, split.clicks) == (50, written.clicks)
+    assert [part.rows for part in split.parts] == [50, 0]
+
+
 def test_a_failure_leaves_nothing_new(dataset: Dataset, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    for name in ("new", "dataset"):
-        path = tmp_path / name
 
-        def fail(path: Path) -> None:
-            with locked(path, "dataset"), new_dataset(path, SCHEMA, overwrite=True) as writer:
-                writer.append("train", [TRAIN])
-                raise KeyboardInterrupt
+    def failing() -> Iterator[Rows]:
+        yield TRAIN
+        yield TRAIN
+        raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            fail(path)
-        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "new", SCHEMA, {"train": failing()})
+    assert sorted(tmp_path.rglob("*")) == before
     assert len(list(dataset.batches("train", 1000))) == 1
 
 
@@ -426,12 +479,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_gets_schema_and_vocabularies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool
 ) -> None:
-    values = np.array([5, 9, 5], np.uint32)
-    vocabularies = [fit([values], value_modulus=0)[0]] * 2
-    with new_dataset(tmp_path / "dataset", SCHEMA, vocabularies):
-        pass
-    schema = read_schema(tmp_path / "dataset", "dataset")
-    assert [feature.vocabulary for feature in schema.sparse] == ["user.arrow", "shop.arrow"]
+    known = Vocabulary(np.array([5, 9], np.uint32), np.array([0, 1], np.int32), np.array([2, 1]))
+    (tmp_path / "dataset" / "vocabulary").mkdir(parents=True)
+    sparse = []
+    for feature in SCHEMA.sparse:
+        name = f"{feature.name}.arrow"
+        checksum = write_vocabulary(tmp_path / "dataset" / "vocabulary" / name, [known])
+        sparse.append(SparseFeature(feature.name, 2, name, checksum))
+    schema = dataclasses.replace(SCHEMA, sparse=tuple(sparse)).sealed()
 
     def refused(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
@@ -448,7 +503,9 @@ def test_a_run_gets_schema_and_vocabularies(
     shutil.rmtree(tmp_path / "dataset")
     limited = read_schema(run, "run")
     assert limited.num_embeddings == (1, 1)
-    assert Encoder.open(run, limited).encode(np.array([[9, 6]], np.uint32)).tolist() == [[1, -1]]
+    ids, unknown = Encoder.open(run, limited).encode(np.array([[9, 6]], np.uint32))
+    assert ids.tolist() == [[1, -1]]
+    assert unknown.tolist() == [0, 1]
 
 
 def test_without_vocabularies_a_run_gets_the_schema(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,34 +1,72 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from dlrm.config import SynthesizeConfig
-from dlrm.data.splits import MINIMUM_ROWS, _mix, split_rows, training_order
+from dlrm.config import Shuffle, SynthesizeConfig
+from dlrm.data.splits import (
+    MINIMUM_ROWS,
+    SplitRows,
+    StoredOrder,
+    day_lengths,
+    hold_back_last,
+    mix,
+)
 from dlrm.errors import UserError
 
 
 def test_days_are_as_equal_as_can_be_and_the_last_is_halved() -> None:
-    split = split_rows(24, "train.txt")
+    split = hold_back_last(day_lengths(24, "train.txt"))
     assert split.days == (4, 4, 4, 3, 3, 3, 3)
-    assert (split.train, split.test, split.validation) == (range(21), range(21, 23), range(23, 24))
+    assert split.train_days == (4, 4, 4, 3, 3, 3)
+    assert split.ranges == {
+        "train": range(21),
+        "test": range(21, 23),
+        "validation": range(23, 24),
+    }
 
 
 @pytest.mark.parametrize("rows", [14, 15, 20, 21, 27, 28, 700, 10001, 14007])
 def test_splits_are_those_of_the_reference(rows: int) -> None:
     days = np.array_split(np.arange(rows), 7)
     test, validation = np.array_split(days[-1], 2)
-    split = split_rows(rows, "train.txt")
+    split = hold_back_last(day_lengths(rows, "train.txt"))
     assert split.days == tuple(map(len, days))
-    assert list(split.train) == np.concatenate(days[:-1]).tolist()
-    assert list(split.test) == test.tolist()
-    assert list(split.validation) == validation.tolist()
+    assert list(split.ranges["train"]) == np.concatenate(days[:-1]).tolist()
+    assert list(split.ranges["test"]) == test.tolist()
+    assert list(split.ranges["validation"]) == validation.tolist()
+
+
+@pytest.mark.parametrize(
+    ("days", "test", "validation"), [((5, 9), 5, 4), ((5, 0, 8), 4, 4), ((3, 1), 1, 0)]
+)
+def test_of_whole_days_the_last_is_halved(
+    days: tuple[int, ...], test: int, validation: int
+) -> None:
+    split = hold_back_last(days)
+    assert split == SplitRows(days[:-1], test, validation)
+    assert split.days == days
+    train = sum(days[:-1])
+    assert split.ranges["train"] == range(train)
+    assert split.ranges["test"] == range(train, train + test)
+    assert split.ranges["validation"] == range(train + test, sum(days))
+
+
+def test_where_nothing_is_held_back_every_day_trains() -> None:
+    split = SplitRows((5, 9), 0, 0)
+    assert split.days == (5, 9)
+    assert {name: list(rows) for name, rows in split.ranges.items()} == {
+        "train": list(range(14)),
+        "test": [],
+        "validation": [],
+    }
 
 
 @pytest.mark.parametrize("rows", [0, 1, 6, 7, 13])
 def test_too_few_rows_are_refused(rows: int) -> None:
     with pytest.raises(UserError, match=f"x.txt has {rows} rows; expected at least 14"):
-        split_rows(rows, "x.txt")
+        day_lengths(rows, "x.txt")
 
 
 def test_as_few_rows_can_be_made_up_as_can_be_split() -> None:
@@ -39,56 +77,95 @@ def test_as_few_rows_can_be_made_up_as_can_be_split() -> None:
 
 DAYS = (300, 300, 300, 299, 299, 299)
 ROWS = sum(DAYS)
+PART_ROWS = 70
 
 
-def test_no_shuffle() -> None:
-    assert training_order(DAYS, "none", 1).tolist() == list(range(ROWS))
+def stored(
+    days: tuple[int, ...], shuffle: Shuffle, seed: int, part_rows: int = PART_ROWS
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows in stored order, and the part of each."""
+    order = StoredOrder(days, shuffle, seed, part_rows)
+    # A row's place is known without the others, so any pieces do.
+    pieces = np.array_split(np.arange(sum(days)), 7)
+    parts, keys = (np.concatenate(each) for each in zip(*map(order.place, pieces), strict=True))
+    assert parts.min() >= 0
+    assert parts.max() < order.parts
+    rows = np.lexsort((keys, parts))
+    return rows, parts[rows]
 
 
 def test_the_permutations_of_the_reference() -> None:
     total = np.random.RandomState(123).permutation(ROWS)
-    assert training_order(DAYS, "reference", 123).tolist() == total.tolist()
+    assert stored(DAYS, "reference", 123)[0].tolist() == total.tolist()
 
     random_state = np.random.RandomState(123)
     starts = np.cumsum([0, *DAYS])
     by_day = [start + random_state.permutation(n) for start, n in zip(starts, DAYS, strict=False)]
-    order = training_order(DAYS, "reference-day", 123)
+    order = stored(DAYS, "reference-day", 123)[0]
     assert order.tolist() == np.concatenate(by_day).tolist()
 
 
-@pytest.mark.parametrize("shuffle", ["day", "total"])
-def test_a_shuffle_is_a_permutation_fixed_by_the_seed(shuffle: str) -> None:
-    order = training_order(DAYS, shuffle, 5)  # type: ignore[arg-type]
+@pytest.mark.parametrize("shuffle", ["reference", "reference-day"])
+def test_the_parts_of_a_permutation_are_of_equal_length(shuffle: Shuffle) -> None:
+    _, parts = stored(DAYS, shuffle, 5)
+    assert parts.tolist() == [place // PART_ROWS for place in range(ROWS)]
+
+
+@pytest.mark.parametrize("shuffle", ["day", "total", "reference", "reference-day"])
+def test_a_shuffle_is_a_permutation_fixed_by_the_seed(shuffle: Shuffle) -> None:
+    order, _ = stored(DAYS, shuffle, 5)
     assert sorted(order.tolist()) == list(range(ROWS))
-    assert order.tolist() == training_order(DAYS, shuffle, 5).tolist()  # type: ignore[arg-type]
-    other = training_order(DAYS, shuffle, 6)  # type: ignore[arg-type]
+    assert order.tolist() == stored(DAYS, shuffle, 5)[0].tolist()
+    # Nor does it depend on the length of parts.
+    assert order.tolist() == stored(DAYS, shuffle, 5, 1000)[0].tolist()
+    other, _ = stored(DAYS, shuffle, 6)
     assert (order == other).mean() < 0.05
 
 
-def test_a_day_keeps_its_rows() -> None:
-    order = training_order(DAYS, "day", 5)
+@pytest.mark.parametrize("shuffle", ["day", "reference-day"])
+def test_a_day_keeps_its_rows(shuffle: Shuffle) -> None:
+    order, _ = stored(DAYS, shuffle, 5)
     start = 0
     for rows in DAYS:
         assert sorted(order[start : start + rows].tolist()) == list(range(start, start + rows))
         start += rows
 
 
-def test_total_sorts_by_splitmix64_of_seed_and_row() -> None:
+def splitmix64(state: int) -> int:
+    """Of its authors' reference code, the output that follows a state."""
+    mask = 2**64 - 1
+    value = (state + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
+
+
+def key(row: int, seed: int) -> int:
+    return splitmix64((splitmix64(seed) + (row - 1) * 0x9E3779B97F4A7C15) % 2**64)
+
+
+def test_total_and_day_sort_by_splitmix64_of_seed_and_row() -> None:
     # The first output of splitmix64 with state 0, from its authors' reference code.
     golden = np.array([0x9E3779B97F4A7C15], np.uint64)
-    assert _mix(golden).tolist() == [0xE220A8397B1DCDAF]
+    assert mix(golden).tolist() == [0xE220A8397B1DCDAF]
 
-    def splitmix64(state: int) -> int:
-        mask = 2**64 - 1
-        value = (state + 0x9E3779B97F4A7C15) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        return value ^ (value >> 31)
+    total = sorted(range(ROWS), key=lambda row: key(row, 123))
+    rows, parts = stored(DAYS, "total", 123)
+    assert rows.tolist() == total
+    # Equal shares of the keys, as many as there are parts.
+    count = -(-ROWS // PART_ROWS)
+    assert parts.tolist() == [(key(row, 123) >> 32) * count >> 32 for row in total]
 
-    def key(row: int) -> int:
-        return splitmix64((splitmix64(123) + (row - 1) * 0x9E3779B97F4A7C15) % 2**64)
-
-    assert training_order(DAYS, "total", 123).tolist() == sorted(range(ROWS), key=key)
+    by_day, expected_parts, start, first = [], [], 0, 0
+    for length in (*DAYS[:2], 0, *DAYS[2:]):  # a day that sub-sampling has emptied has no part
+        day = sorted(range(start, start + length), key=lambda row: key(row, 123))
+        count = -(-length // PART_ROWS)
+        expected_parts += [first + ((key(row, 123) >> 32) * count >> 32) for row in day]
+        by_day += day
+        start, first = start + length, first + count
+    rows, parts = stored((*DAYS[:2], 0, *DAYS[2:]), "day", 123)
+    assert rows.tolist() == by_day
+    assert parts.tolist() == expected_parts
 
 
 def test_total_places_rows_uniformly() -> None:
@@ -96,7 +173,7 @@ def test_total_places_rows_uniformly() -> None:
     rows, runs, seeds = 6000, 10, 50
     statistics = []
     for seed in range(seeds):
-        order = training_order((rows // 6,) * 6, "total", seed)
+        order, _ = stored((rows // 6,) * 6, "total", seed)
         places = np.empty(rows, np.int64)
         places[order] = np.arange(rows)
         counts = np.histogram2d(np.arange(rows), places, bins=runs)[0]
@@ -105,5 +182,20 @@ def test_total_places_rows_uniformly() -> None:
     # 81 degrees of freedom: mean 81, standard deviation of the mean √(2·81/50) = 1.8.
     assert abs(np.mean(statistics) - 81) < 4 * 1.8
     # Neighbours do not stay neighbours.
-    order = training_order((rows // 6,) * 6, "total", 0)
+    order, _ = stored((rows // 6,) * 6, "total", 0)
     assert (np.abs(np.diff(order)) == 1).sum() < 10
+
+
+def test_total_fills_parts_evenly_from_everywhere() -> None:
+    """Runs of rows against parts: chi-squared over many seeds, as a multinomial draw has it."""
+    rows, part_rows, runs, seeds = 6000, 600, 10, 50
+    statistics = []
+    for seed in range(seeds):
+        order = StoredOrder((rows // 6,) * 6, "total", seed, part_rows)
+        assert order.parts == 10
+        parts, _ = order.place(np.arange(rows))
+        counts = np.histogram2d(np.arange(rows), parts, bins=[runs, order.parts])[0]
+        expected = rows / runs / order.parts
+        statistics.append(((counts - expected) ** 2 / expected).sum())
+    # Only the runs are of fixed size: 90 degrees of freedom.
+    assert abs(np.mean(statistics) - 90) < 4 * np.sqrt(2 * 90 / seeds)

@@ -187,7 +187,7 @@ def test_truth_is_what_its_files_say(made, rows, probabilities):
         "validation": slice(92_858, 100_000),
     }
     content = json.loads((directory / "truth.json").read_text())
-    assert content["format_version"] == "1.0"
+    assert content["format_version"] == "1.1"
     for name in ("seed", "scale", "rows", "test_rows"):
         assert content[name] == getattr(CONFIG, name)
     for split, where in splits.items():
@@ -339,7 +339,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(synthetic, "split_rows", interrupted)
+        patched.setattr(synthetic, "day_lengths", interrupted)
         with pytest.raises(KeyboardInterrupt):
             synthesize(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []

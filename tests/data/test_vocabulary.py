@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dlrm.data import vocabulary
-from dlrm.data.vocabulary import Encoder, Vocabulary
+from dlrm.data.vocabulary import Encoder, Vocabulary, hashed, write_vocabulary
 from dlrm.errors import UserError
 from dlrm.schema import FeatureSchema, SparseFeature
 
@@ -19,43 +24,79 @@ def uint32(*values: int) -> npt.NDArray[np.uint32]:
     return np.array(values, np.uint32)
 
 
-def test_values_are_numbered_in_order_of_first_appearance() -> None:
-    fitted, ids = vocabulary.fit([uint32(7, 3, 7), uint32(2**32 - 1, 3, 0)], value_modulus=0)
-    assert ids.tolist() == [0, 1, 0, 2, 1, 3]
-    assert fitted.values.tolist() == [0, 3, 7, 2**32 - 1]
-    assert fitted.ids.tolist() == [3, 1, 0, 2]
-    assert fitted.counts.tolist() == [1, 2, 2, 1]
-    assert len(fitted) == 4
-    assert fitted.encode(uint32(0, 1, 2**32 - 1, 2**32 - 2, 7)).tolist() == [3, -1, 2, -1, 0]
+def fitted(*values: int, modulus: int = 0) -> Vocabulary:
+    """The vocabulary of values, by a dictionary: ids in order of first appearance."""
+    ids: dict[int, int] = {}
+    counts: Counter[int] = Counter()
+    for value in values:
+        value = value % modulus if modulus else value
+        ids.setdefault(value, len(ids))
+        counts[value] += 1
+    ascending = sorted(ids)
+    return Vocabulary(
+        uint32(*ascending),
+        np.array([ids[value] for value in ascending], np.int32),
+        np.array([counts[value] for value in ascending], np.int64),
+    )
 
 
-def test_the_modulus_acts_before_numbering() -> None:
-    fitted, ids = vocabulary.fit([uint32(12, 5, 2, 15)], value_modulus=10)
-    assert ids.tolist() == [0, 1, 0, 1]
-    assert fitted.values.tolist() == [2, 5]
-    assert fitted.counts.tolist() == [2, 2]
+def test_a_value_is_looked_up() -> None:
+    known = Vocabulary(
+        uint32(0, 3, 7, 2**32 - 1), np.array([3, 1, 0, 2], np.int32), np.array([1, 2, 2, 1])
+    )
+    assert len(known) == 4
+    asked = uint32(0, 1, 2**32 - 1, 2**32 - 2, 7)
+    assert known.encode(asked).tolist() == [3, -1, 2, -1, 0]
 
 
 def test_an_empty_vocabulary_knows_nothing() -> None:
-    fitted, ids = vocabulary.fit([], value_modulus=0)
-    assert len(ids) == len(fitted) == 0
-    assert fitted.encode(uint32(0, 5)).tolist() == [-1, -1]
+    empty = fitted()
+    assert len(empty) == 0
+    assert empty.encode(uint32(0, 5)).tolist() == [-1, -1]
 
 
-@given(
-    st.lists(st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 9), max_size=20), max_size=5),
-    st.sampled_from([0, 1, 7, 2**31 - 1]),
-)
-def test_fit_and_encode_against_a_dictionary(blocks: list[list[int]], modulus: int) -> None:
+@given(st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 9), max_size=50))
+def test_encode_against_a_dictionary(values: list[int]) -> None:
     expected: dict[int, int] = {}
-    numbered = []
-    for value in (value for block in blocks for value in block):
-        numbered.append(expected.setdefault(value % modulus if modulus else value, len(expected)))
-    fitted, ids = vocabulary.fit([uint32(*block) for block in blocks], value_modulus=modulus)
-    assert ids.tolist() == numbered
-    assert dict(zip(fitted.values.tolist(), fitted.ids.tolist(), strict=True)) == expected
+    for value in values:
+        expected.setdefault(value, len(expected))
     asked = uint32(*expected, *range(10), 2**32 - 1)
-    assert fitted.encode(asked).tolist() == [expected.get(value, -1) for value in asked.tolist()]
+    assert fitted(*values).encode(asked).tolist() == [
+        expected.get(value, -1) for value in asked.tolist()
+    ]
+
+
+@pytest.mark.parametrize("batch_values", [16, 64, 1024])
+@pytest.mark.parametrize("cuts", [[], [0], [30, 30, 40], range(1, 100), [63, 64, 97]])
+def test_what_is_written_is_read_back_however_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: Sequence[int], batch_values: int
+) -> None:
+    whole = fitted(*(value * 97 % 101 for value in range(303)))
+    monkeypatch.setattr(vocabulary, "_BATCH_VALUES", batch_values)
+    ranges = [
+        Vocabulary(whole.values[low:high], whole.ids[low:high], whole.counts[low:high])
+        for low, high in pairwise([0, *cuts, 101])
+    ]
+    path = tmp_path / "cut.arrow"
+    checksum = write_vocabulary(path, ranges)
+    assert checksum == hashlib.sha256(path.read_bytes()).hexdigest()
+    read = Vocabulary.read(path)
+    for name in ("values", "ids", "counts"):
+        assert getattr(read, name).dtype == getattr(whole, name).dtype
+        assert getattr(read, name).tolist() == getattr(whole, name).tolist()
+    assert write_vocabulary(tmp_path / "whole.arrow", [whole]) == checksum
+    with pa.OSFile(str(path)) as file:
+        batches = pa.ipc.open_file(file)
+        lengths = [batches.get_batch(n).num_rows for n in range(batches.num_record_batches)]
+    full, rest = divmod(101, batch_values)
+    assert lengths == [batch_values] * full + [rest]
+
+
+def test_an_empty_vocabulary_is_a_file_too(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path / "none.arrow", [])
+    write_vocabulary(tmp_path / "empty.arrow", [fitted()])
+    assert (tmp_path / "none.arrow").read_bytes() == (tmp_path / "empty.arrow").read_bytes()
+    assert len(Vocabulary.read(tmp_path / "none.arrow")) == 0
 
 
 @pytest.fixture
@@ -63,21 +104,71 @@ def described(tmp_path: Path) -> FeatureSchema:
     """The schema of two vocabularies that are in tmp_path."""
     (tmp_path / "vocabulary").mkdir()
     features = []
-    for name, block in (("s_0", uint32(7, 3, 9)), ("s_1", uint32(100, 104, 100))):
-        fitted, _ = vocabulary.fit([block], value_modulus=10)
-        checksum = fitted.write(tmp_path / "vocabulary" / f"{name}.arrow")
-        features.append(SparseFeature(name, len(fitted), f"{name}.arrow", checksum, 10))
+    for name, values in (("s_0", (7, 3, 9)), ("s_1", (100, 104, 100))):
+        known = fitted(*values, modulus=10)
+        checksum = write_vocabulary(tmp_path / "vocabulary" / f"{name}.arrow", [known])
+        features.append(SparseFeature(name, len(known), f"{name}.arrow", checksum, 10))
     return FeatureSchema("label", (), tuple(features), "criteo-kaggle", "").sealed()
 
 
 def test_encoder(tmp_path: Path, described: FeatureSchema) -> None:
-    values = np.array([[9, 110], [17, 4], [8, 5]], np.uint32)
-    expected = [[2, 0], [0, 1], [-1, -1]]
-    assert Encoder.open(tmp_path, described).encode(values).tolist() == expected
+    values = np.array([[9, 110], [17, 4], [8, 5], [28, 10]], np.uint32)
+    expected = [[2, 0], [0, 1], [-1, -1], [-1, 0]]
+    ids, unknown = Encoder.open(tmp_path, described).encode(values)
+    assert ids.tolist() == expected
+    assert ids.dtype == np.int32
+    assert unknown.tolist() == [2, 1]
     # A limit of ids is applied to batches, not here.
     limited = described.with_max_ind_range(1)
-    assert Encoder.open(tmp_path, limited).encode(values).tolist() == expected
-    assert Encoder.open(tmp_path, described).encode(values[:0]).shape == (0, 2)
+    assert Encoder.open(tmp_path, limited).encode(values)[0].tolist() == expected
+    none, unknown = Encoder.open(tmp_path, described).encode(values[:0])
+    assert none.shape == (0, 2)
+    assert unknown.tolist() == [0, 0]
+
+
+def test_unknown_values_get_the_other_slot(tmp_path: Path, described: FeatureSchema) -> None:
+    sparse = (
+        dataclasses.replace(described.sparse[0], num_embeddings=4, other_id=3),
+        described.sparse[1],
+    )
+    encoder = Encoder.open(tmp_path, dataclasses.replace(described, sparse=sparse))
+    ids, unknown = encoder.encode(np.array([[9, 5], [8, 4], [1, 7]], np.uint32))
+    assert ids.tolist() == [[2, -1], [3, 1], [3, -1]]
+    assert unknown.tolist() == [2, 2]
+
+
+def test_hashed_values_need_no_vocabulary(tmp_path: Path) -> None:
+    def splitmix64_of(value: int) -> int:
+        mask = 2**64 - 1
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        return value ^ (value >> 31)
+
+    buckets, modulus = 1000, 70_000
+    features = (
+        SparseFeature("s_0", buckets, hash_buckets=buckets),
+        SparseFeature("s_1", buckets, hash_buckets=buckets, value_modulus=modulus),
+    )
+    schema = FeatureSchema("label", (), features, "criteo-kaggle", "").sealed()
+    values = np.random.default_rng(0).integers(0, 2**32, (5000, 2)).astype(np.uint32)
+    values[0], values[1] = 0, 2**32 - 1
+    ids, unknown = Encoder.open(tmp_path, schema).encode(values)
+    assert ids.tolist() == [
+        [
+            (splitmix64_of(first) >> 32) * buckets >> 32,
+            (splitmix64_of(second % modulus) >> 32) * buckets >> 32,
+        ]
+        for first, second in values.tolist()
+    ]
+    assert ids.dtype == np.int32
+    assert unknown.tolist() == [0, 0]
+    # Evenly: chi-squared with 999 degrees of freedom.
+    statistic = ((np.bincount(ids[:, 0], minlength=buckets) - 5) ** 2 / 5).sum()
+    assert abs(statistic - 999) < 4 * np.sqrt(2 * 999)
+    for largest in (1, 2, 2**31 - 1):
+        edges = hashed(np.array([0, 1, 2**32 - 1, *values[:100, 0]], np.uint32), largest)
+        assert edges.min() >= 0
+        assert edges.max() < largest
 
 
 def test_without_vocabularies_raw_rows_are_refused(
@@ -106,26 +197,16 @@ def test_a_missing_or_damaged_vocabulary_is_refused(
 def test_another_vocabulary_is_refused(tmp_path: Path, described: FeatureSchema) -> None:
     path = tmp_path / "vocabulary" / "s_1.arrow"
     found = Vocabulary.read(path)
-    Vocabulary(found.values, found.ids[::-1].copy(), found.counts).write(path)
+    write_vocabulary(path, [Vocabulary(found.values, found.ids[::-1].copy(), found.counts)])
     expected = described.sparse[1].vocabulary_sha256
     with pytest.raises(UserError, match=rf"s_1\.arrow does not belong to .* expected {expected}"):
         Encoder.open(tmp_path, described)
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path: Path, described: FeatureSchema) -> None:
-    import pyarrow as pa
-
     path = tmp_path / "vocabulary" / "s_1.arrow"
     table = pa.table({"word": ["a"]})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(UserError, match=r"has the columns \['word'\], expected value, id and"):
         Encoder.open(tmp_path, described)
-
-
-def test_equal_values_give_equal_bytes(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(0, 1000, 5000).astype(np.uint32)
-    whole = vocabulary.fit([values], value_modulus=0)[0]
-    blocks = vocabulary.fit(np.split(values, [10, 11, 4000]), value_modulus=0)[0]
-    assert whole.write(tmp_path / "a.arrow") == blocks.write(tmp_path / "b.arrow")
-    assert (tmp_path / "a.arrow").read_bytes() == (tmp_path / "b.arrow").read_bytes()

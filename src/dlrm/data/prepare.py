@@ -156,20 +156,11 @@ def memory_bytes(memory: int | str) -> int:
     return memory
 
 
-def estimate_rows(source: Path) -> int:
-    """Return about how many rows a file or folder of raw rows has, from the first of them.
-
-    Of what another program prepared, of compressed files and of a pipe nothing is known beforehand:
-    0.
-
-    Raises:
-        EnvironmentFaultError: It cannot be read.
-    """
-    files = [source] if source.is_file() else []
-    return sum(map(_estimate_rows, files))
-
-
 def _estimate_rows(file: Path) -> int:
+    """Return about how many rows a file of raw rows has, from the first of them.
+
+    Of compressed files and of what another program prepared nothing is known beforehand: 0.
+    """
     with environment_faults(f"read {file}"):
         size = file.stat().st_size
         with open(file, "rb") as text:
@@ -178,11 +169,6 @@ def _estimate_rows(file: Path) -> int:
         return 0
     lines = head.count(b"\n")
     return round(size * lines / (head.rfind(b"\n") + 1)) if lines else 1
-
-
-def estimate_bytes(rows: int) -> int:
-    """Return about how much disk the rows of a DATASET take."""
-    return rows * _stored_row_bytes()
 
 
 def _stored_row_bytes() -> int:
@@ -345,7 +331,7 @@ class _Preparation:
             shown,
             size_text(self.source.bytes),
             f", about {rows:,} rows" if rows else "",
-            size_text(estimate_bytes(rows)),
+            size_text(rows * _stored_row_bytes()),
             size_text(max(needed, 0)),
             size_text(free),
             size_text(self.memory + _RESERVED_BYTES),

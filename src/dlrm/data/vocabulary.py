@@ -20,6 +20,7 @@ from dlrm.schema import FeatureSchema, SparseFeature
 
 _COLUMNS = pa.schema([("value", pa.uint32()), ("id", pa.int32()), ("count", pa.int64())])
 _BATCH_VALUES = 1 << 20
+"""A multiple of 16: Arrow cuts what it writes only to multiples of 64 bytes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dlrm.config import PrepareConfig
+from dlrm.data.prepare import prepare
+from dlrm.data.sources import SourceFile, raw_source
+from dlrm.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with train.txt and days, another with days only, and some that are no source."""
+    for name in ("both", "days", "one", "packed", "nothing"):
+        (tmp_path / name).mkdir()
+    for name in ("train.txt", "day_0", "day_1", "test.txt"):
+        (tmp_path / "both" / name).write_text(name)
+    for name in ("day_10", "day_2", "day_0", "day_2.gz", "day_3.gz", "day_x", "a_day_1", "day_4.x"):
+        (tmp_path / "days" / name).write_text(name)
+    (tmp_path / "one" / "day_5").touch()
+    (tmp_path / "packed" / "day_0.gz").touch()
+    return tmp_path
+
+
+def found(source: Path, **options: object) -> tuple[list[str], str]:
+    source_ = raw_source(source, PrepareConfig(**options))  # type: ignore[arg-type]
+    return [str(file.path.relative_to(source)) for file in source_.files], source_.split
+
+
+def test_a_file_is_described_without_being_read(folder: Path) -> None:
+    path = folder / "both" / "train.txt"
+    source = raw_source(path, PrepareConfig())
+    status = path.stat()
+    assert source.files == (SourceFile(path, "train.txt", 9, status.st_mtime_ns),)
+    assert source.split == "rows"
+    assert source.bytes == 9
+
+
+def test_a_folder_means_its_train_txt_or_its_days(folder: Path) -> None:
+    assert found(folder / "both") == (["train.txt"], "rows")
+    # Days in the order of their numbers; the plain file where there are both.
+    assert found(folder / "days") == (["day_0", "day_2", "day_3.gz", "day_10"], "days")
+    assert raw_source(folder / "days", PrepareConfig()).bytes == 5 + 5 + 8 + 6
+
+
+def test_days_are_chosen_and_ordered(folder: Path) -> None:
+    assert found(folder / "days", days=(10, 0)) == (["day_10", "day_0"], "days")
+    assert found(folder / "both", days=(1, 0)) == (["day_1", "day_0"], "days")
+    assert found(folder / "days", days=(3,), split="rows") == (["day_3.gz"], "rows")
+
+
+@pytest.mark.parametrize("split", ["rows", "none", "days"])
+def test_the_split_may_be_told(folder: Path, split: str) -> None:
+    assert found(folder / "days", split=split)[1] == split
+    if split != "days":
+        assert found(folder / "one", split=split) == (["day_5"], split)
+        assert found(folder / "both", split=split) == (["train.txt"], split)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("absent.txt", {}, "does not exist"),
+        ("absent.npz", {}, "does not exist"),
+        ("nothing", {}, r"is a folder without train\.txt, and without day_0"),
+        ("nothing", {"days": (0,)}, r"is a folder without train\.txt, and without day_0"),
+        ("one", {}, "is a single day, of which nothing is held back"),
+        ("packed", {}, "is a single day, .*--split rows cuts it into 7 .*--split none trains on"),
+        ("days/day_0", {}, "is a single day"),
+        ("days", {"days": (2,)}, "is a single day"),
+        ("one", {"split": "days"}, "--split days needs at least two days"),
+        ("both", {"split": "days"}, "--split days needs at least two days"),
+        ("days/day_0", {"days": (0,)}, "--days chooses among the days of a folder; .* is one file"),
+        ("days", {"days": (0, 7)}, "has no day_7. There are the days 0, 2, 3, 10; choose among"),
+    ],
+)
+def test_sources_that_are_none(
+    folder: Path, name: str, options: dict[str, object], message: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        prepare(folder / name, folder / "dataset", PrepareConfig(**options))  # type: ignore[arg-type]
+    assert sorted(folder.rglob("*")) == before
