@@ -16,7 +16,8 @@ from typing import IO
 from dlrm.errors import UserError
 
 _CHUNK_BYTES = 1 << 20
-_GZIP = b"\x1f\x8b"
+GZIP = b"\x1f\x8b"
+"""What a file that is packed with gzip begins with."""
 _OTHERS = {
     b"PK\x03\x04": "zip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -140,7 +141,7 @@ def _open_text(
                 f"{path}, line 1, column 1: expected tab-separated text, plain or packed with "
                 f"gzip, got a file packed with {packer}. Unpack it first."
             )
-    is_packed = source.magic.startswith(_GZIP)
+    is_packed = source.magic.startswith(GZIP)
     read = _Gzip(path, source).read if is_packed else source.read
     position = 0
     if not is_packed and observe is None and file.seekable():

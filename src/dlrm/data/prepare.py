@@ -18,6 +18,7 @@ import math
 import re
 import shutil
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ from dlrm.data.dataset import (
     write_part,
 )
 from dlrm.data.fitting import FittedFeature, fit_feature
+from dlrm.data.lines import GZIP
 from dlrm.data.reading import read_raw
 from dlrm.data.sources import PIPE, RawSource, SourceFile, describe_file, raw_source, spool_pipe
 from dlrm.data.splits import (
@@ -157,18 +159,20 @@ def memory_bytes(memory: int | str) -> int:
 
 
 def _estimate_rows(file: Path) -> int:
-    """Return about how many rows a file of raw rows has, from the first of them.
-
-    Of compressed files and of what another program prepared nothing is known beforehand: 0.
-    """
+    """Return about how many rows a file of raw rows has, from the first of them."""
     with environment_faults(f"read {file}"):
         size = file.stat().st_size
-        with open(file, "rb") as text:
-            head = text.read(_HEAD_BYTES)
-    if b"\t" not in head or head.startswith(b"\x1f\x8b"):
-        return 0
-    lines = head.count(b"\n")
-    return round(size * lines / (head.rfind(b"\n") + 1)) if lines else 1
+        with open(file, "rb") as content:
+            head = content.read(_HEAD_BYTES)
+    unpacked = head
+    if head.startswith(GZIP):
+        with suppress(zlib.error):  # reading it will say what is wrong
+            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head)
+    lines = unpacked.count(b"\n")
+    if not lines:
+        return 1
+    bytes_of_row = len(head) * (unpacked.rfind(b"\n") + 1) / len(unpacked) / lines
+    return round(size / bytes_of_row)
 
 
 def _stored_row_bytes() -> int:
