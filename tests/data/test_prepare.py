@@ -282,10 +282,13 @@ def test_the_plan_comes_first(
     size = source.stat().st_size
     with caplog.at_level(logging.INFO, "dlrm"):
         prepare(source, tmp_path / "dataset", memory="1.5GiB")
-    assert caplog.messages == [
+    assert caplog.messages[0] == (
         f"plan: train.txt, {size / 1000:.1f} kB, about 100 rows; a DATASET of about 15.7 kB, with "
         "32.2 kB of disk while it is made (1000.0 GB are free); at most 1.6 GB of memory; about 1 s"
-    ]
+    )
+    # Then what each stage took.
+    stages = [re.fullmatch(r"(\w+) +[0-9]+\.[0-9] s", message) for message in caplog.messages[1:]]
+    assert [stage and stage[1] for stage in stages] == ["read", "fit", "arrange", "write", "verify"]
 
 
 @pytest.mark.parametrize(("copies", "rows"), [(1, "1,000"), (30, "30,000")])
