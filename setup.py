@@ -67,6 +67,8 @@ class BuildNative(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # A product and a sum in one instruction, where there is one; nothing else is reordered.
+        flags += ["-ffp-contract=fast"]
         # The headers of torch are not ours to warn about. Threads come from PyTorch's own pool.
         flags += [f"-isystem{path}" for path in include_paths()] + ["-fopenmp"]
         objects = Path(self.build_temp).resolve()

@@ -57,3 +57,14 @@ def dataset(raw_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(raw_rows, folder, PrepareConfig())
     return folder
+
+
+@pytest.fixture(params=["native", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Train with this kind of step, whatever would be chosen."""
+    from dlrm.training import trainer
+    from dlrm.training.step import EagerStep
+
+    if request.param == "plain":
+        monkeypatch.setattr(trainer, "choose_step", EagerStep)
+    return str(request.param)

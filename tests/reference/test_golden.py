@@ -70,6 +70,7 @@ def metrics_of(log: str) -> list[dict[str, float]]:
     return [dict(zip(names, map(float, line), strict=True)) for line in lines]
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("start", ["from the .pt", "from the seed"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_case(

@@ -31,6 +31,8 @@ from dlrm.runs import Run
 from dlrm.training.events import Evaluation, Events, Report, Start, Stop
 from dlrm.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
 CONFIG = TrainConfig(model=MODEL, mini_batch_size=128, print_freq=5)
 
@@ -244,7 +246,7 @@ def test_num_batches_caps_every_split_and_max_steps_all_epochs(
     assert result.epochs == pytest.approx(1 + 1 / 3)
 
 
-def test_a_run_holds_what_is_promised(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_holds_what_is_promised(dataset: Path, tmp_path: Path, kernels: str) -> None:
     run = tmp_path / "run"
     result = train(dataset, run, replace(CONFIG, test_freq=5))
     data = Dataset.open(dataset)
@@ -261,7 +263,7 @@ def test_a_run_holds_what_is_promised(dataset: Path, tmp_path: Path) -> None:
         assert metrics == result.metrics[split]
     assert content["epochs"] == 1
     assert content["train_samples"] == data.rows("train")
-    assert content["kernels"] == "plain"
+    assert content["kernels"] == kernels
     assert 0 < content["samples_per_second"] < 1e8
     assert content["samples_per_second"] >= content["train_samples"] / content["seconds"]
     config, where = read_config(run / "config.toml")

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM
+from dlrm.model.mlp import MLP
 
 EPSILON = 1e-10  # torch.optim.Adagrad's; outside the root
 
@@ -50,6 +51,10 @@ class Optimizer:
     Args:
         model: Its ``sparse_arch.arena`` has a sparse gradient, everything else a dense one.
         config: The rule and its rates.
+
+    Attributes:
+        accumulator: The sums of squares of the arena's gradients: of its shape for Adagrad, one a
+            row for row-wise Adagrad, None for SGD.
     """
 
     def __init__(self, model: DLRM, config: OptimizerConfig) -> None:
@@ -65,11 +70,22 @@ class Optimizer:
             self._dense.values(), lr=config.learning_rate
         )
         arena = model.sparse_arch.arena
-        self._accumulator: Tensor | None = None
+        self.accumulator: Tensor | None = None
         if config.optimizer == "adagrad":
-            self._accumulator = torch.zeros_like(arena, requires_grad=False)
+            self.accumulator = torch.zeros_like(arena, requires_grad=False)
         elif config.optimizer == "rowwise_adagrad":
-            self._accumulator = torch.zeros(arena.shape[0], device=arena.device)
+            self.accumulator = torch.zeros(arena.shape[0], device=arena.device)
+
+    def dense_sums(self, mlp: MLP) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the sums of squares of an MLP's weights and biases, by layer; nothing for SGD."""
+        if self.config.optimizer == "sgd":
+            return [], []
+        layers = [layer for layer in mlp.layers if isinstance(layer, nn.Linear)]
+        state = self._dense_optimizer.state
+        return (
+            [state[layer.weight]["sum"] for layer in layers],
+            [state[layer.bias]["sum"] for layer in layers],
+        )
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -99,7 +115,7 @@ class Optimizer:
             rate: The learning rate.
         """
         arena = self._sparse_arch.arena
-        if self._accumulator is None:
+        if self.accumulator is None:
             arena.scatter_add_(0, rows.unsqueeze(1).expand_as(gradients), gradients * -rate)
             return
         # An adaptive rule squares gradients, so those of one row are summed first.
@@ -108,12 +124,12 @@ class Optimizer:
             0, inverse.unsqueeze(1).expand_as(gradients), gradients
         )
         squares = summed.square()
-        if self._accumulator.dim() == 1:
+        if self.accumulator.dim() == 1:
             squares = squares.mean(1)
-        accumulated = self._accumulator[rows] + squares
-        self._accumulator[rows] = accumulated
+        accumulated = self.accumulator[rows] + squares
+        self.accumulator[rows] = accumulated
         deviation = accumulated.sqrt() + EPSILON
-        if self._accumulator.dim() == 1:
+        if self.accumulator.dim() == 1:
             deviation = deviation.unsqueeze(1)
         arena[rows] -= rate * (summed / deviation)
 
@@ -124,9 +140,9 @@ class Optimizer:
             for name, parameter in self._dense.items()
             if "sum" in self._dense_optimizer.state[parameter]
         }
-        if self._accumulator is not None:
-            kind = "row_sum" if self._accumulator.dim() == 1 else "sum"
-            parts = self._sparse_arch.split(self._accumulator)
+        if self.accumulator is not None:
+            kind = "row_sum" if self.accumulator.dim() == 1 else "sum"
+            parts = self._sparse_arch.split(self.accumulator)
             for name, part in zip(self._sparse_arch.table_names(), parts, strict=True):
                 state[f"sparse_arch.{name}.{kind}"] = part
         return state

@@ -10,6 +10,7 @@ from dlrm.config import LossConfig
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import mean_loss
+from dlrm.training.native_step import NativeStep, supports
 from dlrm.training.optimizer import Optimizer
 
 
@@ -26,7 +27,10 @@ class Step(Protocol):
 
 def choose_step(model: DLRM, optimizer: Optimizer, loss: LossConfig) -> Step:
     """Return the fastest step that supports a configuration."""
-    return EagerStep(model, optimizer, loss)
+    chosen, reason = supports(model)
+    if chosen:
+        return NativeStep(model, optimizer, loss, reason)
+    return EagerStep(model, optimizer, loss, reason)
 
 
 class EagerStep:
@@ -38,15 +42,22 @@ class EagerStep:
         model: Moved by every call.
         optimizer: Over the same model.
         loss: What is minimised.
+        reason: Why this step was chosen.
     """
 
     kernels: Literal["native", "plain"] = "plain"
-    reason = "there are no native kernels in this version"
 
-    def __init__(self, model: DLRM, optimizer: Optimizer, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        model: DLRM,
+        optimizer: Optimizer,
+        loss: LossConfig,
+        reason: str = "it was asked for",
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss = loss
+        self.reason = reason
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """Take a step.

@@ -395,7 +395,7 @@ class _Meter:
         self._since = time.perf_counter()
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
-        self._loss += loss.double() * samples
+        self._loss.add_(loss, alpha=samples)
         self._samples += samples
         self._steps += 1
 

@@ -1,0 +1,373 @@
+// The kernels' definitions; kernels_*.cpp include this, each for its instruction set. Everything
+// is in an unnamed namespace, and nothing of the standard library that could be compiled out of
+// line is used: else the linker might keep one instruction set's copy for all.
+
+#pragma once
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace {
+
+using dlrm::Bags;
+using dlrm::LayerUpdate;
+using dlrm::Rule;
+using dlrm::Update;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <int kRows>
+struct Tile {
+  Vector sums[kRows][2];
+};
+
+// tile[r] += sum over k of a[r * stride + k] * x[k], for vectors x[k] of kPanel lanes.
+template <int kRows>
+__attribute__((always_inline)) inline void multiply(Tile<kRows>& tile, const float* a,
+                                                    int64_t stride, const float* x,
+                                                    int64_t depth) {
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vector left = load(x + k * kPanel);
+    const Vector right = load(x + k * kPanel + kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vector factor = broadcast(a[r * stride + k]);
+      tile.sums[r][0] += factor * left;
+      tile.sums[r][1] += factor * right;
+    }
+  }
+}
+
+// Calls f with a compile-time number of rows, at most kBlock, for all of [begin, end).
+template <int kRows = kBlock, typename F>
+inline void for_blocks(int64_t begin, int64_t end, const F& f) {
+  if constexpr (kRows == kBlock) {
+    for (; begin + kRows <= end; begin += kRows) f.template operator()<kRows>(begin);
+  } else {
+    if (begin + kRows == end) return f.template operator()<kRows>(begin);
+  }
+  if constexpr (kRows > 1) for_blocks<kRows - 1>(begin, end, f);
+}
+
+void linear(const float* matrix, const float* bias, const float* mask, bool relu, const float* x,
+            float* y, int64_t rows, int64_t depth, int64_t panels) {
+  for_blocks(0, rows, [&]<int kRows>(int64_t row) {
+    for (int64_t p = 0; p < panels; ++p) {
+      Tile<kRows> tile;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        tile.sums[r][0] = tile.sums[r][1] = bias ? broadcast(bias[row + r]) : Vector{};
+      }
+      multiply(tile, matrix + row * depth, depth, x + p * depth * kPanel, depth);
+      const int64_t place = (p * rows + row) * kPanel;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        for (int half = 0; half < 2; ++half) {
+          const int64_t at = place + r * kPanel + half * kWidth;
+          Vector sum = tile.sums[r][half];
+          if (relu) sum = where_positive(sum, sum);
+          if (mask) sum = where_positive(load(mask + at), sum);
+          store(y + at, sum);
+        }
+      }
+    }
+  });
+}
+
+void transpose(const float* matrix, float* transposed, int64_t rows, int64_t columns,
+               int64_t begin, int64_t end) {
+  transpose_block([&](int64_t i) { return matrix + (begin + i) * columns; },
+                  [&](int64_t j) { return transposed + j * rows + begin; }, end - begin, columns);
+}
+
+void to_columns(const float* x, float* columns, int64_t features, int64_t panels, int64_t begin,
+                int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t f = 0; f < features; f += kPanel) {
+      float* to = columns + (f / kPanel * panels + p) * kPanel * kPanel;
+      const float* from = x + (p * features + f) * kPanel;
+      const int64_t count = smaller(kPanel, features - f);
+      transpose_block([&](int64_t i) { return from + i * kPanel; },
+                      [&](int64_t j) { return to + j * kPanel; }, count, kPanel);
+      for (int64_t row = 0; row < kPanel && count < kPanel; ++row) {
+        for (int64_t i = count; i < kPanel; ++i) to[row * kPanel + i] = 0;
+      }
+    }
+  }
+}
+
+// Where a weight moves to along its gradient, under SGD or Adagrad.
+template <bool kAdaptive>
+inline Vector moved(Vector weight, Vector& sum, Vector gradient, const Update& update) {
+  if constexpr (!kAdaptive) return weight - update.rate * gradient;
+  sum += gradient * gradient;
+  return weight - update.rate * (gradient / (square_root(sum) + update.epsilon));
+}
+
+// The first n <= kWidth of a vector's floats.
+inline Vector load_some(const float* from, int64_t n) {
+  if (n == kWidth) return load(from);
+  Vector some{};
+  for (int64_t i = 0; i < n; ++i) some[i] = from[i];
+  return some;
+}
+
+inline void store_some(float* to, Vector value, int64_t n) {
+  if (n == kWidth) return store(to, value);
+  for (int64_t i = 0; i < n; ++i) to[i] = value[i];
+}
+
+// Moves n <= kWidth neighbouring weights.
+template <bool kAdaptive>
+inline void move(float* weight, float* sum, Vector gradient, int64_t n, const Update& update) {
+  Vector sums = kAdaptive ? load_some(sum, n) : Vector{};
+  store_some(weight, moved<kAdaptive>(load_some(weight, n), sums, gradient, update), n);
+  if constexpr (kAdaptive) store_some(sum, sums, n);
+}
+
+template <bool kAdaptive>
+void bias_update(const LayerUpdate& layer, const Update& update, int64_t row) {
+  Vector sums{};
+  for (int64_t p = 0; p < layer.panels; ++p) {
+    const float* gradient = layer.gradient + (p * layer.out + row) * kPanel;
+    sums += load(gradient) + load(gradient + kWidth);
+  }
+  float sum = sum_of(sums);
+  if (!layer.first) sum += layer.bias_gradient[row];
+  if (!layer.last) {
+    layer.bias_gradient[row] = sum;
+    return;
+  }
+  move<kAdaptive>(layer.bias + row, layer.bias_sum + row, broadcast(sum), 1, update);
+}
+
+// Updates the weights of outputs [begin, end) and inputs i … i + kPanel - 1, or fewer at the end.
+template <bool kAdaptive, bool kWhole>
+void columns_update(const LayerUpdate& layer, const Update& update, int64_t begin, int64_t end,
+                    int64_t i) {
+  const float* x = layer.columns + i * layer.panels * kPanel;
+  const auto count = [&](int half) {
+    if (kWhole) return kWidth;
+    const int64_t n = smaller(kWidth, layer.in - i - half * kWidth);
+    return n < 0 ? 0 : n;
+  };
+  float* moving = layer.last ? layer.weight : layer.weight_gradient;
+  for_blocks(begin, end, [&]<int kRows>(int64_t row) {
+    Tile<kRows> tile{};
+    const int64_t first = row * layer.in + i;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      // Needed when the sums are done; they come from beyond the second cache.
+      __builtin_prefetch(moving + first + r * layer.in, 1);
+      __builtin_prefetch(moving + first + r * layer.in + kWidth, 1);
+    }
+    if (!layer.first) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int half = 0; half < 2; ++half) {
+          const float* from = layer.weight_gradient + first + r * layer.in + half * kWidth;
+          tile.sums[r][half] = load_some(from, count(half));
+        }
+      }
+    }
+    for (int64_t p = 0; p < layer.panels; ++p) {
+      const float* gradient = layer.gradient + (p * layer.out + row) * kPanel;
+      // The next tile's gradients: too short a run for the processor to foresee.
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(gradient + (kRows + r) * kPanel);
+      multiply(tile, gradient, kPanel, x + p * kPanel * kPanel, kPanel);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = first + r * layer.in + half * kWidth;
+        if (layer.last) {
+          move<kAdaptive>(layer.weight + at, layer.weight_sum + at, tile.sums[r][half],
+                          count(half), update);
+        } else {
+          store_some(layer.weight_gradient + at, tile.sums[r][half], count(half));
+        }
+      }
+    }
+  });
+}
+
+template <bool kAdaptive>
+void layer_update(const LayerUpdate& layer, const Update& update, int64_t begin, int64_t end) {
+  int64_t i = 0;
+  for (; i + kPanel <= layer.in; i += kPanel) {
+    columns_update<kAdaptive, true>(layer, update, begin, end, i);
+  }
+  if (i < layer.in) columns_update<kAdaptive, false>(layer, update, begin, end, i);
+  for (int64_t row = begin; row < end; ++row) bias_update<kAdaptive>(layer, update, row);
+}
+
+void weight_update(const LayerUpdate& layer, const Update& update, int64_t begin, int64_t end) {
+  if (update.rule == Rule::kSgd) return layer_update<false>(layer, update, begin, end);
+  layer_update<true>(layer, update, begin, end);
+}
+
+// The ids of a bag: positions first … last-1 in bags.ids.
+struct Bag {
+  int64_t first;
+  int64_t last;
+};
+
+inline Bag bag_of(const Bags& bags, int64_t row, int64_t feature) {
+  const int64_t bag = row * bags.features + feature;
+  if (!bags.offsets) return {bag, bag + 1};
+  return {bags.offsets[bag], bags.offsets[bag + 1]};
+}
+
+void prefetch(const Bags& bags, const float* arena, int64_t dim, int64_t row, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t b = row; b < row + count; ++b) {
+    for (int64_t f = 0; f < bags.features; ++f) {
+      const Bag bag = bag_of(bags, b, f);
+      for (int64_t i = bag.first; i < bag.last; ++i) {
+        const float* from = arena + (bags.first_rows[f] + bags.ids[i]) * dim;
+        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(from + d);
+      }
+    }
+  }
+}
+
+void add_scaled(float* target, const float* source, float scale, int64_t dim) {
+  int64_t d = 0;
+  for (; d + kWidth <= dim; d += kWidth) {
+    store(target + d, load(target + d) + scale * load(source + d));
+  }
+  for (; d < dim; ++d) target[d] += scale * source[d];
+}
+
+void gather(const Bags& bags, const float* arena, int64_t dim, int64_t row, int64_t count,
+            float* vectors, float* pooled) {
+  const float* rows[kPanel];
+  for (int64_t f = 0; f < bags.features; ++f) {
+    const float* table = arena + bags.first_rows[f] * dim;
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      float* sum = pooled + lane * dim;
+      rows[lane] = sum;
+      if (lane < count && !bags.offsets && !bags.weights) {
+        rows[lane] = table + bags.ids[(row + lane) * bags.features + f] * dim;
+        continue;
+      }
+      for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
+      if (lane >= count) continue;
+      const Bag bag = bag_of(bags, row + lane, f);
+      for (int64_t i = bag.first; i < bag.last; ++i) {
+        add_scaled(sum, table + bags.ids[i] * dim, bags.weights ? bags.weights[i] : 1, dim);
+      }
+    }
+    float* to = vectors + f * dim * kPanel;
+    transpose_block([&](int64_t i) { return rows[i]; },
+                    [&](int64_t j) { return to + j * kPanel; }, kPanel, dim);
+  }
+}
+
+// Dimensions that products are summed over at a time, so that the vectors stay in the first cache.
+constexpr int64_t kDepth = 16;
+
+inline int64_t pairs_before(int64_t vector, bool itself) {
+  return itself ? vector * (vector + 1) / 2 : vector * (vector - 1) / 2;
+}
+
+void interact(const float* vectors, int64_t count, int64_t dim, bool itself, float* products) {
+  for (int64_t begin = 0; begin < dim; begin += kDepth) {
+    const int64_t end = smaller(begin + kDepth, dim);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* one = vectors + i * dim * kPanel;
+      float* out = products + pairs_before(i, itself) * kPanel;
+      for_blocks(0, itself ? i + 1 : i, [&]<int kRows>(int64_t j) {
+        Tile<kRows> tile{};
+        if (begin) {
+          for (int r = 0; r < kRows; ++r) {
+            tile.sums[r][0] = load(out + (j + r) * kPanel);
+            tile.sums[r][1] = load(out + (j + r) * kPanel + kWidth);
+          }
+        }
+        for (int64_t d = begin; d < end; ++d) {
+          const Vector left = load(one + d * kPanel);
+          const Vector right = load(one + d * kPanel + kWidth);
+          const float* other = vectors + (j * dim + d) * kPanel;
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) {
+            tile.sums[r][0] += left * load(other + r * dim * kPanel);
+            tile.sums[r][1] += right * load(other + r * dim * kPanel + kWidth);
+          }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          store(out + (j + r) * kPanel, tile.sums[r][0]);
+          store(out + (j + r) * kPanel + kWidth, tile.sums[r][1]);
+        }
+      });
+    }
+  }
+}
+
+void interact_backward(const float* vectors, const float* products, int64_t count, int64_t dim,
+                       bool itself, float* gradient) {
+  for (int64_t i = 0; i < count; ++i) {
+    for_blocks(0, dim, [&]<int kRows>(int64_t d) {
+      Tile<kRows> tile{};
+      for (int64_t j = 0; j < count; ++j) {
+        if (i == j && !itself) continue;
+        const int64_t pair = i < j ? pairs_before(j, itself) + i : pairs_before(i, itself) + j;
+        Vector left = load(products + pair * kPanel);
+        Vector right = load(products + pair * kPanel + kWidth);
+        if (i == j) {  // v · v has the gradient 2 v
+          left += left;
+          right += right;
+        }
+        const float* other = vectors + (j * dim + d) * kPanel;
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          tile.sums[r][0] += left * load(other + r * kPanel);
+          tile.sums[r][1] += right * load(other + r * kPanel + kWidth);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        store(gradient + (i * dim + d + r) * kPanel, tile.sums[r][0]);
+        store(gradient + (i * dim + d + r) * kPanel + kWidth, tile.sums[r][1]);
+      }
+    });
+  }
+}
+
+void to_rows(const float* panel, int64_t dim, int64_t count, float* rows) {
+  transpose_block([&](int64_t i) { return panel + i * kPanel; },
+                  [&](int64_t j) { return rows + j * dim; }, dim, count);
+}
+
+void row_update(float* row, float* sum, const float* gradient, int64_t dim,
+                const Update& update) {
+  if (update.rule != Rule::kRowwiseAdagrad) {
+    for (int64_t d = 0; d < dim; d += kWidth) {
+      const int64_t n = smaller(kWidth, dim - d);
+      const Vector some = load_some(gradient + d, n);
+      if (update.rule == Rule::kSgd) {
+        move<false>(row + d, nullptr, some, n, update);
+      } else {
+        move<true>(row + d, sum + d, some, n, update);
+      }
+    }
+    return;
+  }
+  Vector squares{};
+  for (int64_t d = 0; d < dim; d += kWidth) {
+    const Vector some = load_some(gradient + d, smaller(kWidth, dim - d));
+    squares += some * some;
+  }
+  *sum += sum_of(squares) / static_cast<float>(dim);
+  add_scaled(row, gradient, -update.rate / (std::sqrt(*sum) + update.epsilon), dim);
+}
+
+constexpr dlrm::Kernels make_kernels(const char* name) {
+  return {name,     kPanel,   linear,            transpose, to_columns, weight_update, prefetch,
+          gather,   interact, interact_backward, to_rows,   add_scaled, row_update};
+}
+
+}  // namespace

@@ -1,0 +1,166 @@
+"""The model's forward pass through the native kernels, for scoring and for ``NativeStep``.
+
+Activations lie in panels: (panels, features, P), where P rows of a batch (``panel_rows``) stand
+side by side, feature by feature, and the last panel is filled up with zeros; native/kernels.h says
+why.
+A batch goes through in parts of ``PART_ROWS``, so that a part's activations stay in the cache and
+memory does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dlrm.data.batch import Batch
+from dlrm.model.dlrm import DLRM
+from dlrm.model.mlp import MLP
+from dlrm.ops.library import library
+
+PART_ROWS = 256
+"""A multiple of every instruction set's panel."""
+
+
+def supports(model: DLRM) -> tuple[bool, str]:
+    """Return whether the native forward pass takes a model, and why or why not."""
+    if not library().loaded:
+        return False, library().reason
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            return False, (
+                f"the native kernels take float32 on a cpu; {name} is {parameter.dtype} on "
+                f"{parameter.device}"
+            )
+        if not parameter.is_contiguous():
+            return False, f"the native kernels take contiguous tensors; {name} is not"
+    return True, library().reason
+
+
+class Stack:
+    """The parameters of an MLP, as lists."""
+
+    def __init__(self, mlp: MLP) -> None:
+        layers = [layer for layer in mlp.layers if isinstance(layer, nn.Linear)]
+        self.weights = [layer.weight.detach() for layer in layers]
+        self.biases = [layer.bias.detach() for layer in layers]
+        self.in_sizes = [layer.in_features for layer in layers]
+        self.out_sizes = [layer.out_features for layer in layers]
+
+
+class Activations:
+    """What a forward pass over a part computes; buffers that are used again for the next part."""
+
+    def __init__(self, forward: NativeForward, panels: int, columns: bool) -> None:
+        self._panels = panels
+        self._width = torch.ops.dlrm.panel_rows()
+        dense, over, model = forward.dense, forward.over, forward.model
+        self.dense_input = self.panel(dense.in_sizes[0])
+        self.dense_outputs = [self.panel(size) for size in dense.out_sizes]
+        vectors = len(model.sparse_arch.names) + 1
+        self.vectors = self.panel(vectors * model.config.embedding_dim)
+        dot = model.config.interaction == "dot"
+        self.interactions = self.panel(over.in_sizes[0]) if dot else self.vectors
+        self.over_outputs = [self.panel(size) for size in over.out_sizes]
+        self.dense_columns = [self._columns(size) for size in dense.in_sizes if columns]
+        self.over_columns = [self._columns(size) for size in over.in_sizes if columns]
+
+    def panel(self, features: int) -> Tensor:
+        """Return room for so many features of a part's rows."""
+        return torch.zeros(self._panels, features, self._width)
+
+    def _columns(self, features: int) -> Tensor:
+        blocks = math.ceil(features / self._width)
+        return torch.zeros(blocks, self._panels * self._width, self._width)
+
+
+class NativeForward:
+    """The forward pass of a model that ``supports`` takes.
+
+    Args:
+        model: Its weights are read at every call, wherever they have moved meanwhile.
+        columns: Whether activations are kept as columns too, which the weights' gradients need.
+    """
+
+    def __init__(self, model: DLRM, *, columns: bool = False) -> None:
+        assert supports(model)[0]
+        self.model = model
+        self.arena = model.sparse_arch.arena.detach()
+        self.first_rows = model.sparse_arch.first_rows
+        self.dense = Stack(model.dense_arch)
+        self.over = Stack(model.over_arch)
+        self._columns = columns
+        self._itself = model.config.interaction_itself
+        self._dot = model.config.interaction == "dot"
+        self._width = torch.ops.dlrm.panel_rows()
+        self._activations: dict[int, Activations] = {}
+
+    def parts(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
+        """Cut a batch into parts; yields the first row of each, and the part."""
+        rows = len(batch)
+        if rows <= PART_ROWS:
+            yield 0, batch
+            return
+        for start in range(0, rows, PART_ROWS):
+            yield start, batch.rows(start, start + PART_ROWS)
+
+    def __call__(self, part: Batch) -> Activations:
+        """Run a part through the model.
+
+        Args:
+            part: At most ``PART_ROWS`` rows.
+
+        Returns:
+            Its activations, until the next call; the logits are the first ``len(part)`` elements
+            of ``over_outputs[-1]``.
+        """
+        rows = len(part)
+        kept = self.activations(rows)
+        ops = torch.ops.dlrm
+        ops.to_panels(part.dense_features, kept.dense_input)
+        ops.mlp_forward(
+            kept.dense_input,
+            self.dense.weights,
+            self.dense.biases,
+            True,
+            kept.dense_outputs,
+            kept.dense_columns,
+        )
+        ops.embed_interact(
+            kept.dense_outputs[-1],
+            self.arena,
+            self.first_rows,
+            part.sparse_features,
+            part.offsets,
+            None,
+            rows,
+            self._itself,
+            kept.vectors,
+            kept.interactions if self._dot else None,
+        )
+        ops.mlp_forward(
+            kept.interactions,
+            self.over.weights,
+            self.over.biases,
+            False,
+            kept.over_outputs,
+            kept.over_columns,
+        )
+        return kept
+
+    def activations(self, rows: int) -> Activations:
+        """Return the buffers for a part of so many rows."""
+        panels = math.ceil(rows / self._width)
+        if panels not in self._activations:
+            self._activations[panels] = Activations(self, panels, self._columns)
+        return self._activations[panels]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits, (B,), of a batch of any size."""
+        logits = torch.empty(len(batch))
+        for start, part in self.parts(batch):
+            rows = len(part)
+            logits[start : start + rows] = self(part).over_outputs[-1].view(-1)[:rows]
+        return logits

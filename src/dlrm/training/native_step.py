@@ -1,0 +1,206 @@
+"""A training step through the native kernels: forward, backward and update, each by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dlrm.config import LossConfig
+from dlrm.data.batch import Batch
+from dlrm.model.dlrm import DLRM
+from dlrm.model.native import Activations, NativeForward, Stack
+from dlrm.model.native import supports as forward_supports
+from dlrm.training.optimizer import EPSILON, Optimizer
+
+RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2}
+LOSSES = {"bce": 0, "wbce": 0, "mse": 1}
+
+
+def supports(model: DLRM) -> tuple[bool, str]:
+    """Return whether ``NativeStep`` takes a model, and why or why not."""
+    if model.config.dropout:
+        return False, "the native kernels have no dropout"
+    return forward_supports(model)
+
+
+class _Gradients:
+    """The gradients of a part's activations; buffers that are used again for the next part."""
+
+    def __init__(self, forward: NativeForward, kept: Activations) -> None:
+        self.over = [torch.zeros_like(output) for output in kept.over_outputs]
+        self.interactions = torch.zeros_like(kept.interactions)
+        self.dense = [torch.zeros_like(output) for output in kept.dense_outputs]
+
+
+class NativeStep:
+    """A step that equals ``EagerStep``'s up to rounding, and is the same for any thread count.
+
+    Args:
+        model: One that ``supports`` takes; moved by every call.
+        optimizer: Over the same model.
+        loss: What is minimised.
+        reason: Why this step was chosen.
+    """
+
+    kernels: Literal["native", "plain"] = "native"
+
+    def __init__(self, model: DLRM, optimizer: Optimizer, loss: LossConfig, reason: str) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.reason = reason
+        self._forward = NativeForward(model, columns=True)
+        self._rule = RULES[optimizer.config.optimizer]
+        self._loss = LOSSES[loss.loss]
+        self._dot = model.config.interaction == "dot"
+        self._itself = model.config.interaction_itself
+        self._features = len(model.sparse_arch.names)
+        self._gradients: dict[int, _Gradients] = {}
+        self._bag_gradients: dict[int, Tensor] = {}
+        dense, over = self._forward.dense, self._forward.over
+        # Gradients go to an input as its weights' transpose.
+        self._transposed = {
+            stack: [torch.zeros(weight.shape[::-1]) for weight in stack.weights]
+            for stack in (dense, over)
+        }
+        self._carried: dict[Stack, tuple[list[Tensor], list[Tensor]]] = {}
+        self._sums = {
+            stack: optimizer.dense_sums(mlp)
+            for stack, mlp in ((dense, model.dense_arch), (over, model.over_arch))
+        }
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Take a step; see ``EagerStep``."""
+        assert batch.labels is not None
+        rows = len(batch)
+        bag_gradients = self._bag_gradients_of(rows)
+        parts = list(self._forward.parts(batch))
+        total = None
+        for number, (start, part) in enumerate(parts):
+            kept = self._forward(part)
+            gradients = self._gradients_of(len(part), kept)
+            loss = self._loss_gradient(part, kept, gradients, 1 / rows)
+            total = loss if total is None else total + loss
+            self._backward(part, start, kept, gradients, bag_gradients)
+            self._update_mlps(kept, gradients, rate, number == 0, number == len(parts) - 1)
+        self._update_tables(batch, bag_gradients, rate)
+        assert total is not None
+        return total
+
+    def _loss_gradient(
+        self, part: Batch, kept: Activations, gradients: _Gradients, scale: float
+    ) -> Tensor:
+        weight_0, weight_1 = self.loss.loss_weights
+        loss: Tensor = torch.ops.dlrm.loss_gradient(
+            kept.over_outputs[-1],
+            part.labels,
+            self._loss,
+            weight_0,
+            weight_1,
+            self.loss.loss_threshold,
+            scale,
+            gradients.over[-1],
+        )
+        return loss
+
+    def _backward(
+        self,
+        part: Batch,
+        start: int,
+        kept: Activations,
+        gradients: _Gradients,
+        bag_gradients: Tensor,
+    ) -> None:
+        """Take the gradient of the logits to every layer's outputs and to the bags."""
+        ops, forward = torch.ops.dlrm, self._forward
+        ops.mlp_backward(
+            forward.over.weights,
+            forward.over.biases,
+            [kept.interactions, *kept.over_outputs[:-1]],
+            self._transposed[forward.over],
+            gradients.over,
+            gradients.interactions,
+        )
+        ops.embed_interact_backward(
+            kept.vectors,
+            gradients.interactions,
+            len(part),
+            self._features,
+            self._dot,
+            self._itself,
+            start,
+            gradients.dense[-1],
+            bag_gradients,
+        )
+        ops.mlp_backward(
+            forward.dense.weights,
+            forward.dense.biases,
+            [kept.dense_input, *kept.dense_outputs[:-1]],
+            self._transposed[forward.dense],
+            gradients.dense,
+            None,
+        )
+
+    def _update_mlps(
+        self, kept: Activations, gradients: _Gradients, rate: float, first: bool, last: bool
+    ) -> None:
+        """Sum the weights' gradients over a part; move the weights after the last one."""
+        forward = self._forward
+        for stack, columns, each in (
+            (forward.over, kept.over_columns, gradients.over),
+            (forward.dense, kept.dense_columns, gradients.dense),
+        ):
+            weight_sums, bias_sums = self._sums[stack]
+            carried_weights, carried_biases = ([], []) if first and last else self._carry(stack)
+            torch.ops.dlrm.mlp_update(
+                columns,
+                each,
+                stack.weights,
+                stack.biases,
+                weight_sums,
+                bias_sums,
+                carried_weights,
+                carried_biases,
+                self._rule,
+                rate,
+                EPSILON,
+                first,
+                last,
+            )
+
+    def _update_tables(self, batch: Batch, bag_gradients: Tensor, rate: float) -> None:
+        torch.ops.dlrm.tables_update(
+            bag_gradients,
+            self._forward.first_rows,
+            batch.sparse_features,
+            batch.offsets,
+            None,
+            self._rule,
+            rate,
+            EPSILON,
+            self._forward.arena,
+            self.optimizer.accumulator,
+        )
+
+    def _gradients_of(self, rows: int, kept: Activations) -> _Gradients:
+        panels = kept.vectors.shape[0]
+        if panels not in self._gradients:
+            self._gradients[panels] = _Gradients(self._forward, kept)
+        return self._gradients[panels]
+
+    def _bag_gradients_of(self, rows: int) -> Tensor:
+        if rows not in self._bag_gradients:
+            dim = self.model.config.embedding_dim
+            self._bag_gradients[rows] = torch.zeros(self._features, rows, dim)
+        return self._bag_gradients[rows]
+
+    def _carry(self, stack: Stack) -> tuple[list[Tensor], list[Tensor]]:
+        if stack not in self._carried:
+            self._carried[stack] = (
+                [torch.zeros_like(weight) for weight in stack.weights],
+                [torch.zeros_like(bias) for bias in stack.biases],
+            )
+        return self._carried[stack]
