@@ -29,8 +29,10 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 UInt32Array = npt.NDArray[np.uint32]
 
-_ENTRY_BYTES = 64
+_ENTRY_BYTES = 96
 """Memory that joining takes for each value of a range, about."""
+_LEAST_BYTES = 48 << 20
+"""Memory for a range, however little is left."""
 _BINS = 1 << 16
 _END_OF_VALUES = 1 << 32
 _LARGEST_TABLE = 2**31 - 1
@@ -80,7 +82,8 @@ def fit_feature(
     rows = train_rows if config.vocabulary == "train" else spool.rows
     generations = _generations(spool, feature, work, rows)
     has_other = config.vocabulary == "train" or config.min_frequency > 1
-    ranges = _ranges(generations, memory // _ENTRY_BYTES)
+    held = sum(generation.nbytes for generation in generations)
+    ranges = _ranges(generations, max(memory - held, _LEAST_BYTES) // _ENTRY_BYTES)
 
     mapped = has_other or len(generations) > 1
     if mapped:
@@ -179,6 +182,12 @@ class _Generation:
         path = scratch.with_name(f"{scratch.name}-{len(self._files)}.tmp")
         self._files.append(path)
         return np.memmap(path, kind, "w+", shape=(size,))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds; what lies in files does not count."""
+        arrays = (self.values, self.counts, self.ids, self.ids)  # and the map that is written
+        return 0 if self._files else sum(array.nbytes for array in arrays)
 
     def discard(self) -> None:
         """Delete the files."""
