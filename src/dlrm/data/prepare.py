@@ -48,10 +48,20 @@ from dlrm.data.dataset import (
     stored_split,
     write_part,
 )
-from dlrm.data.fitting import FittedFeature, fit_feature
+from dlrm.data.fitting import FittedFeature, fit_feature, fit_prepared
 from dlrm.data.lines import GZIP
-from dlrm.data.reading import read_raw
-from dlrm.data.sources import PIPE, RawSource, SourceFile, describe_file, raw_source, spool_pipe
+from dlrm.data.reading import read_prepared, read_raw
+from dlrm.data.sources import (
+    PIPE,
+    PreparedSource,
+    RawSource,
+    SourceFile,
+    describe_file,
+    find_source,
+    raw_source,
+    require_unchanged,
+    spool_pipe,
+)
 from dlrm.data.splits import (
     PERMUTATION_BYTES,
     RULES,
@@ -122,7 +132,7 @@ def prepare(
     memory = memory_bytes(memory)
     dataset = Path(dataset)
     is_pipe = str(source) == PIPE
-    found = None if is_pipe else raw_source(Path(source), config)
+    found = None if is_pipe else find_source(Path(source), config)
     # First without the lock, which a finished DATASET in a read-only place does not need.
     if found and not overwrite and (finished := _finished(dataset, found, config)):
         return finished
@@ -240,7 +250,7 @@ class _Preparation:
 
     def __init__(
         self,
-        source: RawSource,
+        source: RawSource | PreparedSource,
         dataset: Path,
         work: Path,
         config: PrepareConfig,
@@ -296,7 +306,13 @@ class _Preparation:
                     "another DATASET, or start over with --overwrite."
                 )
         self._tell_plan()
-        self._require_permutable(sum(_estimate_rows(file.path) for file in self.source.files))
+        self._require_permutable(self._expected_rows())
+
+    def _expected_rows(self) -> int:
+        """Return how many rows the source has, about."""
+        if isinstance(self.source, PreparedSource):
+            return len(self.source.rows)
+        return sum(_estimate_rows(file.path) for file in self.source.files)
 
     def _require_permutable(self, rows: int) -> None:
         """Refuse an order that would take too much memory."""
@@ -321,7 +337,7 @@ class _Preparation:
                 path.unlink()
 
     def _tell_plan(self) -> None:
-        rows = sum(_estimate_rows(file.path) for file in self.source.files)
+        rows = self._expected_rows()
         made = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
         folder = self.dataset.absolute().parent
         with environment_faults(f"write to {folder}"):
@@ -374,7 +390,7 @@ class _Preparation:
             options=self.config,
             days=split.days,
             day_clicks=day_clicks,
-            missing=tuple(np.sum([segment.missing for segment in spool.segments], axis=0).tolist()),
+            missing=_sum_missing([segment.missing for segment in spool.segments]),
             rows_dropped=sum(segment.candidates - segment.rows for segment in spool.segments),
             rows_rejected=sum(sum(segment.rejected.values()) for segment in spool.segments),
             rejected=_sum_counts([segment.rejected for segment in spool.segments]),
@@ -387,6 +403,12 @@ class _Preparation:
             shutil.rmtree(self.work)
 
     def _read(self, spool: Spool) -> None:
+        if isinstance(self.source, PreparedSource):
+            rows = self.source.rows
+            with progress("read", len(rows), unit="rows", unit_scale=True) as bar:
+                read_prepared(rows, spool, progress=bar.update)
+            require_unchanged(self.source.files)
+            return
         last = spool.segments[-1] if spool.segments else None
         if last and last.source_sha256 and last.file == len(self.source.files) - 1:
             return
@@ -400,13 +422,16 @@ class _Preparation:
             UserError: A split would be empty.
         """
         name = str(self.source.files[0].path if len(self.source.files) == 1 else "the source")
-        files = [0] * len(self.source.files)
-        for segment in spool.segments:
-            files[segment.file] += segment.rows
+        by_day = self._rows_by_day(spool)
         if self.source.split == "none":
-            split = SplitRows(tuple(files), 0, 0)
+            split = SplitRows(by_day, 0, 0)
         elif self.source.split == "days":
-            split = hold_back_last(tuple(files))
+            split = hold_back_last(by_day)
+        elif self.source.split == "fixed":
+            assert isinstance(self.source, PreparedSource)
+            fixed = self.source.rows.fixed_splits
+            assert fixed is not None
+            split = SplitRows((fixed.train,), fixed.test, fixed.validation)
         else:
             last = spool.segments[-1]
             # The days are cut before rows are dropped.
@@ -421,22 +446,31 @@ class _Preparation:
                 )
         return split
 
+    def _rows_by_day(self, spool: Spool) -> tuple[int, ...]:
+        if isinstance(self.source, PreparedSource):
+            return self.source.rows.days
+        files = [0] * len(self.source.files)
+        for segment in spool.segments:
+            files[segment.file] += segment.rows
+        return tuple(files)
+
     def _fit(self, spool: Spool, split: SplitRows) -> list[FittedFeature]:
         if self.config.hash_buckets:
             return []
         with environment_faults(f"write to {self.work}"):
-            (self.partial / "vocabulary").mkdir(exist_ok=True)
+            if not isinstance(self.source, PreparedSource) or self.source.rows.has_values:
+                (self.partial / "vocabulary").mkdir(exist_ok=True)
         train_rows = len(split.ranges["train"])
 
+        memory = self.memory // self.workers
+
         def fit(feature: int) -> FittedFeature:
+            file = self.partial / "vocabulary" / _vocabulary_name(feature)
+            if isinstance(self.source, PreparedSource):
+                rows = self.source.rows
+                return fit_prepared(spool, feature, file, self.work, rows, memory=memory)
             return fit_feature(
-                spool,
-                feature,
-                self.partial / "vocabulary" / _vocabulary_name(feature),
-                self.work,
-                self.config,
-                train_rows=train_rows,
-                memory=self.memory // self.workers,
+                spool, feature, file, self.work, self.config, train_rows=train_rows, memory=memory
             )
 
         return self._each("fit", range(len(criteo.SPARSE_NAMES)), fit, "vocabularies")
@@ -454,7 +488,7 @@ class _Preparation:
         for index, each in enumerate(fitted):
             sparse[index] = dataclasses.replace(
                 sparse[index],
-                vocabulary=_vocabulary_name(index),
+                vocabulary=_vocabulary_name(index) if each.vocabulary_sha256 else "",
                 vocabulary_sha256=each.vocabulary_sha256,
                 other_id=each.other_id,
             )
@@ -542,6 +576,11 @@ class _Preparation:
         }
 
     def _sources(self, spool: Spool) -> tuple[Source, ...]:
+        if isinstance(self.source, PreparedSource):
+            return tuple(
+                dataclasses.replace(_as_source(file), sha256=sha256(file.path))
+                for file in self.source.files
+            )
         ends = {segment.file: segment for segment in spool.segments if segment.source_sha256}
         return tuple(
             dataclasses.replace(
@@ -593,6 +632,10 @@ def _rows_before(spool: Spool, candidate: int) -> int:
     raise AssertionError(candidate)
 
 
+def _sum_missing(missing: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*missing, strict=True)))
+
+
 def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for each in counts:
@@ -617,7 +660,9 @@ def _as_source(file: SourceFile) -> Source:
     return Source(file.name, file.bytes, file.mtime_ns, sha256="")
 
 
-def _finished(dataset: Path, source: RawSource, config: PrepareConfig) -> Dataset | None:
+def _finished(
+    dataset: Path, source: RawSource | PreparedSource, config: PrepareConfig
+) -> Dataset | None:
     """Open a DATASET, if there is one; it must be made from this source with these options.
 
     Raises:
@@ -642,7 +687,10 @@ def _finished(dataset: Path, source: RawSource, config: PrepareConfig) -> Datase
 
 
 def _differences(
-    sources: Sequence[Source], options: PrepareConfig, source: RawSource, config: PrepareConfig
+    sources: Sequence[Source],
+    options: PrepareConfig,
+    source: RawSource | PreparedSource,
+    config: PrepareConfig,
 ) -> list[str]:
     """Say in what a preparation differs from the one that is asked for."""
     differences = []
