@@ -633,7 +633,7 @@ def test_the_references_numbers_keep_their_splits(tmp_path: Path, content: bytes
     rows = in_file_order(dataset)
     assert rows.sparse.tolist() == ids
     assert rows.labels.tolist() == numbers[:, 0].tolist()
-    with pytest.raises(UserError, match="--split rows: the files of .* are the splits already"):
+    with pytest.raises(UserError, match=r"--split rows: the files of .* are the splits already"):
         prepare(source, tmp_path / "other", PrepareConfig(split="rows"))
 
 
