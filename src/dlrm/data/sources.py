@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
@@ -17,6 +18,8 @@ PIPE = "-"
 """The SOURCE that means standard input."""
 _DAY = re.compile(r"day_([0-9]+)(\.gz)?")
 _HEAD_BYTES = 1 << 20
+
+logger = logging.getLogger("dlrm")
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,16 @@ def raw_source(source: Path, config: PrepareConfig) -> RawSource:
         raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
     files = _files(source, config)
     by_day = bool(_DAY.fullmatch(files[0].name))
+    return RawSource(tuple(files), _split(str(source), len(files), config, by_day=by_day))
+
+
+def _split(source: str, files: int, config: PrepareConfig, *, by_day: bool) -> SplitRule:
     split: SplitRule
     if config.split != "auto":
         split = config.split
     elif not by_day:
         split = "rows"
-    elif len(files) > 1:
+    elif files > 1:
         split = "days"
     else:
         raise UserError(
@@ -78,18 +85,22 @@ def raw_source(source: Path, config: PrepareConfig) -> RawSource:
             "how: --split rows cuts it into 7 runs of rows, of which the last is held back; "
             "--split none trains on all of it."
         )
-    if split == "days" and len(files) < 2:
+    if split == "days" and files < 2:
         raise UserError(
             f"--split days needs at least two days, one of them to be held back; {source} has one. "
             "Use --split rows or --split none."
         )
-    return RawSource(tuple(files), split)
+    return split
+
+
+def _refuse_days(source: str, config: PrepareConfig) -> None:
+    if config.days:
+        raise UserError(f"--days chooses among the days of a folder; {source} is one file.")
 
 
 def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
     if source.is_file() or not source.is_dir():  # a pipe or a device is neither
-        if config.days:
-            raise UserError(f"--days chooses among the days of a folder; {source} is one file.")
+        _refuse_days(str(source), config)
         return [describe_file(source)]
     found: dict[int, Path] = {}
     for path in sorted(source.iterdir()):  # day_3 before day_3.gz, which it is taken for
@@ -114,16 +125,30 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
     return [describe_file(found[day]) for day in days]
 
 
-def spool_pipe(spooled: Path) -> None:
-    """Copy standard input to a file, which appears when it is complete.
+def piped_source(spooled: Path, config: PrepareConfig, *, anew: bool) -> RawSource:
+    """Copy standard input to a file, which appears when it is complete, and return it as a source.
+
+    Args:
+        spooled: The file. If it is there, standard input is left alone.
+        config: How rows are split.
+        anew: Replace the file if it is there.
 
     Raises:
-        UserError: Nothing came.
+        UserError: Nothing came, or it cannot be split as asked.
+        EnvironmentFaultError: The disk is full or fails.
     """
-    with atomic_write(spooled) as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, _HEAD_BYTES)
-    if not spooled.stat().st_size:
-        spooled.unlink()
-        raise UserError(
-            "standard input is empty: nothing came through the pipe. Check what feeds it."
-        )
+    name = "standard input"
+    _refuse_days(name, config)
+    split = _split(name, 1, config, by_day=False)
+    if spooled.exists() and not anew:
+        logger.info("going on with what came through the pipe before: %s", spooled)
+    else:
+        with environment_faults(f"write to {spooled.parent}"):
+            spooled.parent.mkdir(exist_ok=True)
+        with atomic_write(spooled) as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, _HEAD_BYTES)
+            if not file.tell():
+                raise UserError(
+                    "standard input is empty: nothing came through the pipe. Check what feeds it."
+                )
+    return RawSource((describe_file(spooled, PIPE),), split)
