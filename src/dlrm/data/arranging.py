@@ -7,9 +7,11 @@ and sorts them. Rows in the source's order need but one pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -19,10 +21,14 @@ from dlrm.data.fitting import FittedFeature, map_file
 from dlrm.data.splits import StoredOrder
 from dlrm.data.spool import Integers, Segment, Spool
 from dlrm.data.vocabulary import hashed
+from dlrm.errors import UserError
 from dlrm.files import atomic_write, environment_faults
 from dlrm.schema import FeatureSchema
 
+T = TypeVar("T")
+
 _KEY = pa.field("key", pa.uint64(), nullable=False)
+_COUNTS = b"rows of each part"
 
 
 class Arranger:
@@ -89,38 +95,59 @@ class Arranger:
         self, path: Path, segments: Sequence[Segment], order: StoredOrder, train_rows: int
     ) -> None:
         """Write the training rows of some segments, sorted by part: a record batch a part."""
-        placed, runs = [], []
-        for segment in segments:
-            inside = min(segment.rows, train_rows - segment.first_row)
-            rows = np.arange(segment.first_row, segment.first_row + inside)
-            placed.append(order.place(rows))
-            runs.append(self.rows(segment, slice(0, inside)))
-        joined = Rows.concatenate(runs)
-        parts, keys = (np.concatenate(each) for each in zip(*placed, strict=True))
+        inside = [min(segment.rows, train_rows - segment.first_row) for segment in segments]
+        rows = Rows.collect(
+            sum(inside),
+            (
+                self.rows(each, slice(0, count))
+                for each, count in zip(segments, inside, strict=True)
+            ),
+            self._schema,
+        )
+        first = segments[0].first_row
+        parts, keys = order.place(np.arange(first, first + len(rows)))
         # Stable sorting of short integers is a radix sort.
         by_part = np.argsort(parts.astype(_short(order.parts)), kind="stable")
-        ends = np.cumsum(np.bincount(parts, minlength=order.parts))
+        counts = np.bincount(parts, minlength=order.parts)
         columns = stored_columns(self._schema)
-        stored = columns.append(_KEY)
+        stored = columns.append(_KEY).with_metadata({_COUNTS: msgspec.json.encode(counts.tolist())})
         with atomic_write(path) as file, pa.ipc.new_file(file, stored) as writer:
-            for start, end in zip(ends - np.diff(ends, prepend=0), ends, strict=True):
-                chosen = by_part[start:end]
-                batch = record_batch(joined[chosen], columns)
+            for chosen in np.split(by_part, np.cumsum(counts)[:-1]):
+                batch = record_batch(rows[chosen], columns)
                 writer.write_batch(batch.append_column(_KEY, pa.array(keys[chosen])))
 
     def part_of_runs(self, runs: Sequence[Path], part: int) -> Iterator[Rows]:
         """Return the rows of a part out of all runs, in the stored order."""
-        batches = []
-        for path in runs:
-            with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-                batches.append(pa.ipc.open_file(file).get_batch(part))
-        keys = np.concatenate([batch.column(3).to_numpy() for batch in batches])
+        counts = [_open_run(path, lambda run: _count(run, part)) for path in runs]
+        keys = np.empty(sum(counts), np.uint64)
+
+        def read() -> Iterator[Rows]:
+            start = 0
+            for path in runs:
+                batch = _open_run(path, lambda run: run.get_batch(part))
+                keys[start : start + len(batch)] = batch.column(_KEY.name).to_numpy()
+                start += len(batch)
+                yield rows_of(batch)
+
+        rows = Rows.collect(len(keys), read(), self._schema)
         order = np.argsort(keys)
-        rows = Rows.concatenate([rows_of(batch) for batch in batches])
-        batches.clear()
         step = block_rows(self._schema)
         for start in range(0, len(order), step):
             yield rows[order[start : start + step]]
+
+
+def _open_run(path: Path, read: Callable[[Any], T]) -> T:
+    """Read something of a run."""
+    try:
+        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
+            return read(pa.ipc.open_file(file))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}. Start over with --overwrite.") from error
+
+
+def _count(run: Any, part: int) -> int:
+    counts: list[int] = msgspec.json.decode(run.schema.metadata[_COUNTS])
+    return counts[part]
 
 
 def _short(count: int) -> type[np.unsignedinteger]:

@@ -66,6 +66,26 @@ class Rows:
         return Rows(self.labels[index], self.dense[index], self.sparse[index])
 
     @staticmethod
+    def collect(count: int, runs: Iterable[Rows], schema: FeatureSchema) -> Rows:
+        """Return so many rows of several runs, of which but one is in memory at a time."""
+        rows = Rows(
+            np.empty(count, np.uint8),
+            np.empty((count, len(schema.dense)), np.int32),
+            np.empty((count, len(schema.sparse)), np.int32),
+        )
+        start = 0
+        for run in runs:
+            here = slice(start, start + len(run))
+            rows.labels[here], rows.dense[here], rows.sparse[here] = (
+                run.labels,
+                run.dense,
+                run.sparse,
+            )
+            start += len(run)
+        assert start == count
+        return rows
+
+    @staticmethod
     def concatenate(runs: Sequence[Rows]) -> Rows:
         """Return the rows of several runs, one after the other."""
         if len(runs) == 1:

@@ -30,8 +30,10 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 UInt32Array = npt.NDArray[np.uint32]
 
-_ENTRY_BYTES = 64
+_ENTRY_BYTES = 96
 """Memory that joining takes for each value of a range, about."""
+_LEAST_BYTES = 48 << 20
+"""Memory for a range, however little is left."""
 _BINS = 1 << 16
 _END_OF_VALUES = 1 << 32
 _LARGEST_TABLE = 2**31 - 1
@@ -81,7 +83,8 @@ def fit_feature(
     rows = train_rows if config.vocabulary == "train" else spool.rows
     generations = _generations(spool, feature, work, rows)
     has_other = config.vocabulary == "train" or config.min_frequency > 1
-    ranges = _ranges(generations, memory // _ENTRY_BYTES)
+    held = sum(generation.nbytes for generation in generations)
+    ranges = _ranges(generations, max(memory - held, _LEAST_BYTES) // _ENTRY_BYTES)
 
     mapped = has_other or len(generations) > 1
     if mapped:
@@ -183,6 +186,12 @@ class _Generation:
             # Or else a disk that is full would end the process, once memory is written to.
             os.posix_fallocate(file.fileno(), 0, size * kind.itemsize)
         return np.memmap(path, kind, "r+", shape=(size,))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds; what lies in files does not count."""
+        arrays = (self.values, self.counts, self.ids, self.ids)  # and the map that is written
+        return 0 if self._files else sum(array.nbytes for array in arrays)
 
     def discard(self) -> None:
         """Delete the files."""

@@ -81,7 +81,7 @@ _DEFAULTS = PrepareConfig()
 _HEAD_BYTES = 1 << 20
 _RESERVED_BYTES = 480 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
-_WORKER_BYTES = 260 << 20
+_WORKER_BYTES = 240 << 20
 """What making one run or part takes, about."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _ROWS_PER_SECOND = 180_000
