@@ -530,7 +530,7 @@ def publish(
         EnvironmentFaultError: The disk is full or fails.
     """
     refuse_taken(path, overwrite=overwrite)
-    replaced = path.with_name(f".{path.name}.replaced")
+    replaced = _replaced(path)
     with environment_faults(f"write to {path.parent}"):
         write_schema(partial, schema)
         write_json(partial / "manifest.json", manifest)
@@ -542,6 +542,17 @@ def publish(
         os.replace(partial, path)
         flush_folder(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def remove_replaced(path: Path) -> None:
+    """Remove what a DATASET has replaced, if the process that did it was killed right after."""
+    if path.exists():
+        with environment_faults(f"write to {path.parent}"):
+            shutil.rmtree(_replaced(path), ignore_errors=True)
 
 
 def refuse_taken(path: Path, *, overwrite: bool) -> None:

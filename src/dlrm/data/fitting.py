@@ -10,6 +10,7 @@ grows with their number lies in files that are mapped into memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from dlrm.data.prepared import PreparedRows
 from dlrm.data.spool import Segment, Spool
 from dlrm.data.vocabulary import Vocabulary, write_vocabulary
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, atomic_write, read_json, write_json
+from dlrm.files import FORMAT_VERSION, atomic_write, environment_faults, read_json, write_json
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -218,7 +219,10 @@ class _Generation:
             return np.zeros(size, kind)
         path = scratch.with_name(f"{scratch.name}-{len(self._files)}.tmp")
         self._files.append(path)
-        return np.memmap(path, kind, "w+", shape=(size,))
+        with environment_faults(f"write {path}"), open(path, "wb") as file:
+            # Or else a disk that is full would end the process, once memory is written to.
+            os.posix_fallocate(file.fileno(), 0, size * kind.itemsize)
+        return np.memmap(path, kind, "r+", shape=(size,))
 
     @property
     def nbytes(self) -> int:

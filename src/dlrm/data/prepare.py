@@ -44,6 +44,7 @@ from dlrm.data.dataset import (
     part_rows,
     publish,
     refuse_taken,
+    remove_replaced,
     row_bytes,
     stored_split,
     write_part,
@@ -56,11 +57,9 @@ from dlrm.data.sources import (
     PreparedSource,
     RawSource,
     SourceFile,
-    describe_file,
     find_source,
-    raw_source,
+    piped_source,
     require_unchanged,
-    spool_pipe,
 )
 from dlrm.data.splits import (
     PERMUTATION_BYTES,
@@ -72,6 +71,7 @@ from dlrm.data.splits import (
 )
 from dlrm.data.spool import Spool
 from dlrm.data.verification import verify
+from dlrm.data.work import Inputs, Work
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import FORMAT_VERSION, environment_faults, locked, read_json, sha256, write_json
@@ -87,7 +87,7 @@ MINIMUM_MEMORY = 1 << 30
 
 _DEFAULTS = PrepareConfig()
 _HEAD_BYTES = 1 << 20
-_RESERVED_BYTES = 480 << 20
+_RESERVED_BYTES = 520 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
 _WORKER_BYTES = 240 << 20
 """What making one run or part takes, about."""
@@ -131,18 +131,22 @@ def prepare(
     """
     memory = memory_bytes(memory)
     dataset = Path(dataset)
-    is_pipe = str(source) == PIPE
-    found = None if is_pipe else find_source(Path(source), config)
+    found = None if str(source) == PIPE else find_source(Path(source), config)
+    work = Work(dataset)
     # First without the lock, which a finished DATASET in a read-only place does not need.
-    if found and not overwrite and (finished := _finished(dataset, found, config)):
-        return finished
+    if found and not overwrite and not (work.is_published or work.is_left_over):
+        if finished := _finished(dataset, found, config):
+            return finished
     with _new_parents(dataset), locked(dataset, "dataset"):
+        if work.is_published and (finished := _published(dataset, work, found, config)):
+            return finished
+        if work.is_left_over:
+            work.remove()
         if found and not overwrite and (finished := _finished(dataset, found, config)):
             return finished
         refuse_taken(dataset, overwrite=overwrite)
-        work = dataset.with_name(f".{dataset.name}.work")
         if found is None:
-            found = _spooled_pipe(work, config)
+            found = _piped(dataset, work, config, overwrite=overwrite)
         preparation = _Preparation(found, dataset, work, config, memory, overwrite)
         preparation.check()
         with preparation.kept_if_worth_it():
@@ -210,30 +214,62 @@ def _new_parents(dataset: Path) -> Iterator[None]:
         raise
 
 
-def _spooled_pipe(work: Path, config: PrepareConfig) -> RawSource:
+def _published(
+    dataset: Path, work: Work, source: RawSource | PreparedSource | None, config: PrepareConfig
+) -> Dataset | None:
+    """Tidy up after a process that was killed once its DATASET was in place.
+
+    Returns:
+        The DATASET, if it is the one that is asked for now.
+    """
+    is_same = not _differences_of_work(work, source, config)
+    remove_replaced(dataset)
+    work.remove()
+    return Dataset.open(dataset) if is_same and dataset.exists() else None
+
+
+def _differences_of_work(
+    work: Work, source: RawSource | PreparedSource | None, config: PrepareConfig
+) -> list[str]:
+    """Say in what a preparation that was begun differs from the one that is asked for.
+
+    Args:
+        work: The one that was begun.
+        source: What is asked for; None: standard input, whatever comes.
+        config: Likewise.
+    """
+    try:
+        begun = work.begun_with()
+    except UserError as error:
+        return [str(error).removesuffix(".")]
+    if begun.format_version != FORMAT_VERSION:
+        return [
+            f"it was begun by a dlrm that writes format version {begun.format_version}, and this "
+            f"one writes {FORMAT_VERSION}"
+        ]
+    return _differences(begun.sources, begun.options, source, config)
+
+
+def _half_made(dataset: Path, differences: Sequence[str]) -> UserError:
+    return UserError(
+        f"{dataset} is half made already, by a preparation that was interrupted: "
+        f"{'; '.join(differences)}. Repeat that command to go on with it, choose another DATASET, "
+        "or start over with --overwrite."
+    )
+
+
+def _piped(dataset: Path, work: Work, config: PrepareConfig, *, overwrite: bool) -> RawSource:
     """Copy standard input to the disk, unless that was done before an interruption."""
-    spooled = work / "source.spool"
-    with environment_faults(f"write to {work}"):
-        work.mkdir(exist_ok=True)
-    if spooled.exists():
-        logger.info("going on with what came through the pipe before: %s", spooled)
-    else:
-        try:
-            spool_pipe(spooled)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-    source = raw_source(spooled, config)
-    return dataclasses.replace(source, files=(describe_file(spooled, PIPE),))
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a preparation was begun with; what it makes depends on nothing else."""
-
-    sources: tuple[Source, ...]
-    options: PrepareConfig
-    format_version: str = FORMAT_VERSION
+    if work.is_begun and not overwrite:
+        if differences := _differences_of_work(work, None, config):
+            raise _half_made(dataset, differences)
+    try:
+        return piped_source(work.piped, config, anew=overwrite)
+    except BaseException:
+        if work.is_left_over:
+            with suppress(EnvironmentFaultError):  # what went wrong before is to be told
+                work.remove()
+        raise
 
 
 class _Preparation:
@@ -252,7 +288,7 @@ class _Preparation:
         self,
         source: RawSource | PreparedSource,
         dataset: Path,
-        work: Path,
+        work: Work,
         config: PrepareConfig,
         memory: int,
         overwrite: bool,
@@ -263,7 +299,6 @@ class _Preparation:
         self.config = config
         self.memory = memory - _RESERVED_BYTES
         self.overwrite = overwrite
-        self.partial = work / "dataset"
         self.workers = max(1, min(available_cores(), self.memory // _WORKER_BYTES))
 
     @contextmanager
@@ -272,18 +307,22 @@ class _Preparation:
         try:
             yield
         except UserError:
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._remove_work()
             raise
         except BaseException:
-            if (self.work / "spool" / "segment-00000.json").exists():
+            if self.work.piped.exists() or (self._spool / "segment-00000.json").exists():
                 logger.warning(
                     "%s is unfinished; the same command goes on with it (or delete %s)",
                     self.dataset,
-                    self.work,
+                    self.work.folder,
                 )
             else:
-                shutil.rmtree(self.work, ignore_errors=True)
+                self._remove_work()
             raise
+
+    def _remove_work(self) -> None:
+        with suppress(EnvironmentFaultError):  # what went wrong before is to be told
+            self.work.remove()
 
     def check(self) -> None:
         """Look at what an earlier process left and at the disk, and tell the plan.
@@ -292,19 +331,14 @@ class _Preparation:
             UserError: What is there was begun with another source or other options.
             EnvironmentFaultError: The disk is too small.
         """
-        if self._inputs_file.exists():
-            begun = read_json(self._inputs_file, _Inputs, "preparation")
-            differences = _differences(begun.sources, begun.options, self.source, self.config)
-            if not differences:
-                logger.info("going on with the interrupted preparation of %s", self.dataset)
-            elif self.overwrite:
-                self._clear()
-            else:
-                raise UserError(
-                    f"{self.dataset} is half made already, by a preparation that was interrupted: "
-                    f"{'; '.join(differences)}. Repeat that command to go on with it, choose "
-                    "another DATASET, or start over with --overwrite."
-                )
+        if not self.work.is_begun:
+            self.work.clear()
+        elif not (differences := _differences_of_work(self.work, self.source, self.config)):
+            logger.info("going on with the interrupted preparation of %s", self.dataset)
+        elif self.overwrite:
+            self.work.clear()
+        else:
+            raise _half_made(self.dataset, differences)
         self._tell_plan()
         self._require_permutable(self._expected_rows())
 
@@ -325,20 +359,12 @@ class _Preparation:
             )
 
     @property
-    def _inputs_file(self) -> Path:
-        return self.work / "inputs.json"
-
-    def _clear(self) -> None:
-        kept = {file.path for file in self.source.files}
-        for path in self.work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path not in kept:
-                path.unlink()
+    def _spool(self) -> Path:
+        return self.work.folder / "spool"
 
     def _tell_plan(self) -> None:
         rows = self._expected_rows()
-        made = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        made = self.work.bytes
         folder = self.dataset.absolute().parent
         with environment_faults(f"write to {folder}"):
             free = shutil.disk_usage(folder).free
@@ -365,20 +391,16 @@ class _Preparation:
 
     def run(self) -> None:
         """Go through all stages, from where an earlier process stopped."""
-        with environment_faults(f"write to {self.work}"):
-            for folder in (self.work, *(self.partial / split for split in SPLITS)):
-                folder.mkdir(parents=True, exist_ok=True)
-            sources = tuple(map(_as_source, self.source.files))
-            write_json(self._inputs_file, _Inputs(sources, self.config))
-            spool = Spool(self.work / "spool")
+        self.work.begin(Inputs(tuple(map(_as_source, self.source.files)), self.config))
+        spool = Spool(self._spool)
         with _stage("read"):
             self._read(spool)
-        split = self._split(spool)
+        days = self._days(spool)
+        split = days.split
         with _stage("fit"):
             fitted = self._fit(spool, split)
         schema = self._schema(fitted)
-        arranger = Arranger(spool, schema, fitted, self.work)
-        day_clicks = self._day_clicks(spool, split)
+        arranger = Arranger(spool, schema, fitted, self.work.folder)
         with _stage("arrange"):
             runs, parts = self._arrange(spool, split, schema, arranger)
         with _stage("write"):
@@ -389,7 +411,7 @@ class _Preparation:
             sources=self._sources(spool),
             options=self.config,
             days=split.days,
-            day_clicks=day_clicks,
+            day_clicks=days.clicks,
             missing=_sum_missing([segment.missing for segment in spool.segments]),
             rows_dropped=sum(segment.candidates - segment.rows for segment in spool.segments),
             rows_rejected=sum(sum(segment.rejected.values()) for segment in spool.segments),
@@ -397,10 +419,9 @@ class _Preparation:
             rejected_examples=tuple(row for each in spool.segments for row in each.examples),
         )
         with _stage("verify"):
-            verify(Dataset(self.partial, schema, manifest))
-        publish(self.partial, self.dataset, schema, manifest, overwrite=self.overwrite)
-        with environment_faults(f"write to {self.work}"):
-            shutil.rmtree(self.work)
+            verify(Dataset(self.work.dataset, schema, manifest))
+        publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
+        self.work.remove()
 
     def _read(self, spool: Spool) -> None:
         if isinstance(self.source, PreparedSource):
@@ -414,6 +435,22 @@ class _Preparation:
             return
         with progress("read", self.source.bytes, unit="B", unit_scale=True) as bar:
             read_raw(self.source, spool, self.config, table_bytes=self.memory, progress=bar.update)
+
+    def _days(self, spool: Spool) -> _Days:
+        """Cut the rows into days and splits, unless that was done before segments were removed."""
+        record = self.work.folder / "days.json"
+        if record.exists():
+            return read_json(record, _Days, "preparation")
+        split = self._split(spool)
+        clicks = np.zeros(len(split.days), np.int64)
+        ends = np.cumsum(split.days)
+        for segment in spool.segments:
+            clicked = np.flatnonzero(spool.labels(segment.number)) + segment.first_row
+            days = np.searchsorted(ends, clicked, side="right")
+            clicks += np.bincount(days, minlength=len(clicks))
+        cut = _Days(split, tuple(clicks.tolist()))
+        write_json(record, cut)
+        return cut
 
     def _split(self, spool: Spool) -> SplitRows:
         """Cut the rows of the spool into days and splits.
@@ -457,20 +494,27 @@ class _Preparation:
     def _fit(self, spool: Spool, split: SplitRows) -> list[FittedFeature]:
         if self.config.hash_buckets:
             return []
-        with environment_faults(f"write to {self.work}"):
-            if not isinstance(self.source, PreparedSource) or self.source.rows.has_values:
-                (self.partial / "vocabulary").mkdir(exist_ok=True)
+        vocabularies = self.work.dataset / "vocabulary"
+        if not isinstance(self.source, PreparedSource) or self.source.rows.has_values:
+            with environment_faults(f"write to {vocabularies}"):
+                vocabularies.mkdir(exist_ok=True)
         train_rows = len(split.ranges["train"])
 
         memory = self.memory // self.workers
 
         def fit(feature: int) -> FittedFeature:
-            file = self.partial / "vocabulary" / _vocabulary_name(feature)
+            file = vocabularies / _vocabulary_name(feature)
             if isinstance(self.source, PreparedSource):
                 rows = self.source.rows
-                return fit_prepared(spool, feature, file, self.work, rows, memory=memory)
+                return fit_prepared(spool, feature, file, self.work.folder, rows, memory=memory)
             return fit_feature(
-                spool, feature, file, self.work, self.config, train_rows=train_rows, memory=memory
+                spool,
+                feature,
+                file,
+                self.work.folder,
+                self.config,
+                train_rows=train_rows,
+                memory=memory,
             )
 
         return self._each("fit", range(len(criteo.SPARSE_NAMES)), fit, "vocabularies")
@@ -494,22 +538,6 @@ class _Preparation:
             )
         return dataclasses.replace(schema, sparse=tuple(sparse)).sealed()
 
-    def _day_clicks(self, spool: Spool, split: SplitRows) -> tuple[int, ...]:
-        """Count the clicks of each day, unless that was done before segments were removed."""
-        record = self.work / "day_clicks.json"
-        if record.exists():
-            return read_json(record, _DayClicks, "preparation").clicks
-        clicks = [0] * len(split.days)
-        ends = np.cumsum(split.days)
-        for segment in spool.segments:
-            rows = np.arange(segment.first_row, segment.end_row)
-            days = np.searchsorted(ends, rows, side="right")
-            labels = spool.labels(segment.number)
-            for day, count in enumerate(np.bincount(days, labels, len(clicks))):
-                clicks[day] += int(count)
-        write_json(record, _DayClicks(tuple(clicks)))
-        return tuple(clicks)
-
     def _arrange(
         self, spool: Spool, split: SplitRows, schema: FeatureSchema, arranger: Arranger
     ) -> tuple[list[Path], int]:
@@ -527,7 +555,7 @@ class _Preparation:
         grouped = [segments[start : start + size] for start in range(0, len(segments), size)]
 
         def arrange(number: int) -> Path:
-            path = self.work / f"run-{number:05}.arrow"
+            path = self.work.folder / f"run-{number:05}.arrow"
             if not path.exists():
                 arranger.write_run(path, grouped[number], order, len(train))
             for segment in grouped[number]:
@@ -560,10 +588,10 @@ class _Preparation:
 
         def write(job: int) -> WrittenPart:
             each, number, make = jobs[job]
-            record = self.work / f"part-{each}-{number:05}.json"
+            record = self.work.folder / f"part-{each}-{number:05}.json"
             if record.exists():
                 return read_json(record, WrittenPart, "preparation")
-            written = write_part(self.partial, part_name(each, number), schema, make())
+            written = write_part(self.work.dataset, part_name(each, number), schema, make())
             write_json(record, written)
             return written
 
@@ -611,8 +639,10 @@ def _stage(name: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _DayClicks:
+class _Days:
+    split: SplitRows
     clicks: tuple[int, ...]
+    """Of each day."""
     format_version: str = FORMAT_VERSION
 
 
@@ -689,13 +719,23 @@ def _finished(
 def _differences(
     sources: Sequence[Source],
     options: PrepareConfig,
-    source: RawSource | PreparedSource,
+    source: RawSource | PreparedSource | None,
     config: PrepareConfig,
 ) -> list[str]:
-    """Say in what a preparation differs from the one that is asked for."""
+    """Say in what a preparation differs from the one that is asked for.
+
+    Args:
+        sources: What it was made from.
+        options: How.
+        source: What is asked for; None: standard input, whatever comes.
+        config: Likewise.
+    """
     differences = []
-    if len(sources) != len(source.files) or not all(map(_is_same, sources, source.files)):
-        made_from = _listed([(each.name, each.bytes) for each in sources]) or "made-up rows"
+    made_from = _listed([(each.name, each.bytes) for each in sources]) or "made-up rows"
+    if source is None:
+        if [each.name for each in sources] != [PIPE]:
+            differences.append(f"it was made from {made_from}, and standard input is asked for")
+    elif len(sources) != len(source.files) or not all(map(_is_same, sources, source.files)):
         now = _listed([(str(each.path), each.bytes) for each in source.files])
         differences.append(f"it was made from {made_from}, and {now} has other content")
     for field in dataclasses.fields(PrepareConfig):
@@ -720,7 +760,9 @@ def _is_same(made_from: Source, now: SourceFile) -> bool:
 
     Of a preparation that was interrupted the content's checksum is not known yet.
     """
-    return made_from.bytes == now.bytes and (
-        made_from.mtime_ns == now.mtime_ns
-        or (bool(made_from.sha256) and made_from.sha256 == sha256(now.path))
-    )
+    if made_from.bytes != now.bytes:
+        return False
+    if made_from.mtime_ns == now.mtime_ns:
+        return True
+    with environment_faults(f"read {now.path}"):
+        return bool(made_from.sha256) and made_from.sha256 == sha256(now.path)

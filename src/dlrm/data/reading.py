@@ -150,7 +150,10 @@ class _RawReader:
             self._progress(len(chunk))
 
         blocks: list[criteo.RawBlock] = []
-        rows, end, is_terminated = 0, start, True
+        rows, end = 0, start
+        is_terminated = True
+        if self.last and self.last.file == number:
+            is_terminated = not self.last.lacks_last_newline
         for block in criteo.read_blocks(
             file.path,
             labelled=True,
@@ -161,7 +164,7 @@ class _RawReader:
             blocks.append(block)
             rows, end, is_terminated = rows + len(block), block.end, block.is_terminated
             if rows >= SEGMENT_ROWS:
-                self._write_segment(number, blocks, end)
+                self._write_segment(number, blocks, end, lacks_last_newline=not is_terminated)
                 blocks, rows = [], 0
         require_unchanged([file])
         self._write_segment(

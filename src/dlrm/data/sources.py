@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import shutil
 import sys
@@ -21,6 +22,8 @@ PIPE = "-"
 _DAY = re.compile(r"day_([0-9]+)(\.gz)?")
 _PREPARED = (".npz", ".bin")
 _CHUNK_BYTES = 1 << 20
+
+logger = logging.getLogger("dlrm")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _prepared_source(source: Path, config: PrepareConfig) -> PreparedSource:
             )
         split = "fixed" if config.split == "auto" else "none"
     else:
-        split = _resolved(source, config, "days", len(rows.days))
+        split = _resolved(str(source), config, "days", len(rows.days))
     return PreparedSource(tuple(map(describe_file, rows.files)), split, rows)
 
 
@@ -138,10 +141,10 @@ def raw_source(source: Path, config: PrepareConfig) -> RawSource:
         raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
     files = _files(source, config)
     usual: SplitRule = "days" if _DAY.fullmatch(files[0].name) else "rows"
-    return RawSource(tuple(files), _resolved(source, config, usual, len(files)))
+    return RawSource(tuple(files), _resolved(str(source), config, usual, len(files)))
 
 
-def _resolved(source: Path, config: PrepareConfig, usual: SplitRule, days: int) -> SplitRule:
+def _resolved(source: str, config: PrepareConfig, usual: SplitRule, days: int) -> SplitRule:
     """Return how rows are split, where "auto" means what is usual."""
     split: SplitRule = usual if config.split == "auto" else config.split
     if split == "days" and days < 2:
@@ -158,10 +161,14 @@ def _resolved(source: Path, config: PrepareConfig, usual: SplitRule, days: int) 
     return split
 
 
+def _refuse_days(source: str, config: PrepareConfig) -> None:
+    if config.days:
+        raise UserError(f"--days chooses among the days of a folder; {source} is one file.")
+
+
 def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
     if source.is_file() or not source.is_dir():  # a pipe or a device is neither
-        if config.days:
-            raise UserError(f"--days chooses among the days of a folder; {source} is one file.")
+        _refuse_days(str(source), config)
         return [describe_file(source)]
     found: dict[int, Path] = {}
     for path in sorted(source.iterdir()):  # day_3 before day_3.gz, which it is taken for
@@ -186,16 +193,30 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
     return [describe_file(found[day]) for day in days]
 
 
-def spool_pipe(spooled: Path) -> None:
-    """Copy standard input to a file, which appears when it is complete.
+def piped_source(spooled: Path, config: PrepareConfig, *, anew: bool) -> RawSource:
+    """Copy standard input to a file, which appears when it is complete, and return it as a source.
+
+    Args:
+        spooled: The file. If it is there, standard input is left alone.
+        config: How rows are split.
+        anew: Replace the file if it is there.
 
     Raises:
-        UserError: Nothing came.
+        UserError: Nothing came, or it cannot be split as asked.
+        EnvironmentFaultError: The disk is full or fails.
     """
-    with atomic_write(spooled) as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK_BYTES)
-    if not spooled.stat().st_size:
-        spooled.unlink()
-        raise UserError(
-            "standard input is empty: nothing came through the pipe. Check what feeds it."
-        )
+    name = "standard input"
+    _refuse_days(name, config)
+    split = _resolved(name, config, "rows", 1)
+    if spooled.exists() and not anew:
+        logger.info("going on with what came through the pipe before: %s", spooled)
+    else:
+        with environment_faults(f"write to {spooled.parent}"):
+            spooled.parent.mkdir(exist_ok=True)
+        with atomic_write(spooled) as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK_BYTES)
+            if not file.tell():
+                raise UserError(
+                    "standard input is empty: nothing came through the pipe. Check what feeds it."
+                )
+    return RawSource((describe_file(spooled, PIPE),), split)
