@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dlrm.ops.library import library
+
 
 class SparseArch(nn.Module):
     """The embedding tables of all sparse features, stored one after another in one tensor.
@@ -36,6 +38,8 @@ class SparseArch(nn.Module):
         self.num_embeddings = tuple(num_embeddings)
         rows = torch.tensor([0, *num_embeddings]).cumsum(0)
         self.arena = nn.Parameter(torch.empty(int(rows[-1]), embedding_dim, device=device))
+        if self.arena.device.type == "cpu" and library().loaded:
+            torch.ops.dlrm.advise_huge_pages(self.arena.detach())
         # Not part of the state: it follows from num_embeddings. Made on the CPU even under a
         # "meta" device, since it holds values.
         self.register_buffer("first_rows", rows[:-1].clone(), persistent=False)

@@ -122,6 +122,7 @@ class NativeForward:
         ops.to_panels(part.dense_features, kept.dense_input)
         ops.mlp_forward(
             kept.dense_input,
+            rows,
             self.dense.weights,
             self.dense.biases,
             True,
@@ -142,6 +143,7 @@ class NativeForward:
         )
         ops.mlp_forward(
             kept.interactions,
+            rows,
             self.over.weights,
             self.over.biases,
             False,
