@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -37,8 +37,9 @@ DENSE_NAMES = tuple(f"int_{index}" for index in range(13))
 SPARSE_NAMES = tuple(f"cat_{index}" for index in range(26))
 
 BLOCK_BYTES = 4 << 20
-"""Bytes parsed at a time: large enough that Python's share is small, small enough that the arrays
-of a block are no burden."""
+"""Bytes read, and handed to a thread, at a time."""
+PIECE_BYTES = 1 << 20
+"""Bytes parsed at once: what is made of them on the way takes some 15 times as many."""
 MAX_LINE_BYTES = 1 << 20
 """A longer line is no row, so that a file without line ends is not read into memory whole."""
 EXAMPLES = 10
@@ -55,8 +56,6 @@ _NAME = re.compile(rb"[\"']?[A-Za-z_]\w*[\"']?")
 _OTHER_SEPARATORS = {b",": "commas", b";": "semicolons", b" ": "spaces"}
 _MARGIN = 16
 """Bytes before the lines of a block: a field's 16 bytes are there even where it is the first."""
-_STEP_ROWS = 4096
-"""Rows parsed at once."""
 _FEATURES = len(DENSE_NAMES) + len(SPARSE_NAMES)
 # Words of 8 characters, or of 8 numbers of 8 bits.
 _ALL_1 = np.uint64(0x0101010101010101)
@@ -349,7 +348,7 @@ class _Parsed:
 
 
 def _parse(buffer: bytearray, labelled: bool, *, first_only: bool) -> _Parsed:
-    """Parse whole lines.
+    """Parse whole lines, some at a time.
 
     Args:
         buffer: ``_MARGIN`` bytes, the last a newline, and the lines.
@@ -359,65 +358,121 @@ def _parse(buffer: bytearray, labelled: bool, *, first_only: bool) -> _Parsed:
     if b"\r" in buffer:
         buffer = buffer.replace(b"\r\n", b"\n")
     text = np.frombuffer(buffer, np.uint8)
-    width = _FEATURES + labelled
-    lines, row_lines, begins, ends = _find_fields(text, width)
+    pieces: list[_Parsed] = []
+    examples: list[_Bad] = []
+    lines = 0
+    end = _MARGIN
+    while end < len(buffer) and not (first_only and examples):
+        begin, goal = end, end + PIECE_BYTES
+        end = (buffer.rfind(b"\n", begin, goal) + 1) or (buffer.index(b"\n", goal) + 1)
+        piece = _parse_piece(text[begin - _MARGIN : end], labelled, first_only=first_only)
+        examples += [_Bad(lines + bad.index, bad.line, bad.error) for bad in piece.examples]
+        lines += piece.lines
+        pieces.append(piece)
+    labels = [piece.labels for piece in pieces if piece.labels is not None]
+    return _Parsed(
+        lines,
+        np.concatenate(labels) if labelled else None,
+        np.concatenate([piece.dense for piece in pieces]),
+        np.concatenate([piece.sparse for piece in pieces]),
+        sum((piece.rejected for piece in pieces), Counter()),
+        _first_of_each_reason(examples),
+    )
 
-    rows = len(row_lines)
-    labels = np.empty(rows, np.uint8) if labelled else None
-    dense = np.empty((rows, len(DENSE_NAMES)), np.int32)
-    sparse = np.empty((rows, len(SPARSE_NAMES)), np.uint32)
-    valid = np.ones(rows, np.bool_)
+
+def _first_of_each_reason(bad_lines: Iterable[_Bad]) -> list[_Bad]:
+    """Return the first lines, up to ``EXAMPLES`` of each reason."""
+    seen: Counter[Reason] = Counter()
+    first = []
+    for bad in bad_lines:
+        seen[bad.error.reason] += 1
+        if seen[bad.error.reason] <= EXAMPLES:
+            first.append(bad)
+    return first
+
+
+def _parse_piece(text: UInt8Array, labelled: bool, *, first_only: bool) -> _Parsed:
+    """Parse whole lines at once, after ``_MARGIN`` bytes of which only the last counts."""
+    lines, row_lines, begins, ends = _find_fields(text, _FEATURES + labelled)
+    lengths = ends - begins - 1
+    valid = np.ones(len(row_lines), np.bool_)
+    labels = None
+    if labelled:
+        labels = text[ends[:, 0] - 1] - np.uint8(ord("0"))
+        valid &= (lengths[:, 0] == 1) & (labels < 2)
     integers, ids = slice(int(labelled), -len(SPARSE_NAMES)), slice(-len(SPARSE_NAMES), None)
-    for first in range(0, rows, _STEP_ROWS):
-        step = slice(first, first + _STEP_ROWS)
-        at, lengths = ends[step], ends[step] - begins[step] - 1
-        if labels is not None:
-            labels[step] = text[at[:, 0] - 1] - np.uint8(ord("0"))
-            valid[step] &= (lengths[:, 0] == 1) & (labels[step] < 2)
-        dense[step] = _parse_integers(text, at[:, integers], lengths[:, integers], valid[step])
-        sparse[step] = _parse_ids(text, at[:, ids], lengths[:, ids], valid[step])
-
+    dense = _parse_integers(text, ends[:, integers], lengths[:, integers], valid)
+    sparse = _parse_ids(text, ends[:, ids], lengths[:, ids], valid)
     rejected: Counter[Reason] = Counter()
     examples: list[_Bad] = []
-    if rows < lines or not valid.all():
-        suspect = np.ones(lines, np.bool_)
-        suspect[row_lines[valid]] = False
-        newlines = np.flatnonzero(text == ord("\n"))
-        for index in np.flatnonzero(suspect).tolist():
-            line = bytes(buffer[newlines[index] + 1 : newlines[index + 1]])
+    if len(row_lines) < lines or not valid.all():
+        newlines = np.flatnonzero(text == ord("\n"))[-lines - 1 :]
+        rejected, misshapen = _find_misshapen(newlines, row_lines)
+        rows = {int(row_lines[row]): row for row in np.flatnonzero(~valid)}
+        for index in sorted([*misshapen, *rows]):
+            line = text[newlines[index] + 1 : newlines[index + 1]].tobytes()
             try:
                 label, integer_values, id_values = _parse_line(line, labelled)
             except _BadFieldError as error:
-                rejected[error.reason] += 1
-                if rejected[error.reason] <= EXAMPLES:
-                    examples.append(_Bad(index, line, error))
+                rejected[error.reason] += index in rows  # the others are counted
+                examples.append(_Bad(index, line, error))
                 if first_only:
                     break
             else:
-                row = np.searchsorted(row_lines, index)
+                row = rows[index]
                 dense[row], sparse[row], valid[row] = integer_values, id_values, True
                 if labels is not None:
                     labels[row] = label
-    if rejected:
+    if not valid.all():
         dense, sparse = dense[valid], sparse[valid]
         labels = labels[valid] if labels is not None else None
-    return _Parsed(lines, labels, dense, sparse, rejected, examples)
+    return _Parsed(lines, labels, dense, sparse, rejected, _first_of_each_reason(examples))
+
+
+def _find_misshapen(newlines: IntpArray, row_lines: IntpArray) -> tuple[Counter[Reason], list[int]]:
+    """Count the lines of another number of fields than rows have, of which there may be millions.
+
+    Args:
+        newlines: Offsets of the line ends, and of the one before the first line.
+        row_lines: Which lines have as many fields as rows.
+
+    Returns:
+        How many there are by reason, and the first of each.
+    """
+    is_misshapen = np.ones(len(newlines) - 1, np.bool_)
+    is_misshapen[row_lines] = False
+    lines = np.flatnonzero(is_misshapen)
+    lengths = newlines[lines + 1] - newlines[lines] - 1
+    is_long, is_blank = lengths > MAX_LINE_BYTES, lengths == 0
+    counts: Counter[Reason] = Counter()
+    examples: list[int] = []
+    reasons: tuple[tuple[Reason, BoolArray], ...] = (
+        ("too long", is_long),
+        ("blank", is_blank),
+        ("fields", ~is_long & ~is_blank),
+    )
+    for reason, which in reasons:
+        if which.any():
+            counts[reason] = int(np.count_nonzero(which))
+            examples += lines[which][:EXAMPLES].tolist()
+    return counts, examples
 
 
 def _find_fields(text: UInt8Array, width: int) -> tuple[int, IntpArray, IntpArray, IntpArray]:
     """Find the fields of the lines that have as many as a row.
 
     Args:
-        text: A block.
+        text: A piece.
         width: Fields of a row.
 
     Returns:
         How many lines there are; which of them these are, (n,); and the offsets of the separators
         before and after each field, (n, width).
     """
-    separators = np.flatnonzero((text == ord("\t")) | (text == ord("\n")))
+    body = text[_MARGIN - 1 :]
+    separators = np.flatnonzero((body == ord("\t")) | (body == ord("\n"))) + (_MARGIN - 1)
     begins, ends = separators[:-1], separators[1:]
-    lines = int(np.count_nonzero(text == ord("\n"))) - 1
+    lines = int(np.count_nonzero(body == ord("\n"))) - 1
     row_lines = np.arange(lines)
     if len(ends) != lines * width or (text[ends[width - 1 :: width]] != ord("\n")).any():
         fields = np.diff(np.flatnonzero(text[ends] == ord("\n")), prepend=-1)
