@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dlrm.config import PrepareConfig, TrainConfig
 from dlrm.data.prepare import prepare
-from dlrm.data.sources import raw_source
+from dlrm.data.sources import find_source
 from dlrm.prediction import load, predict_file
 from dlrm.runs import RunResult
 from dlrm.training.events import Console
@@ -37,9 +37,9 @@ def run_all(
         EnvironmentFaultError: The disk is too small or fails, or the device is missing.
     """
     refuse_taken(run)
-    raw = raw_source(source, prepare_config)
+    found = find_source(source, prepare_config)
     dataset = dataset or run / "dataset"
-    test = raw.files[0].path.with_name("test.txt")
+    test = found.files[0].path.with_name("test.txt")
     stages = [f"prepare {dataset}", f"train and evaluate in {run}"]
     if test.exists():
         stages.append(f"predict {test} into {run / 'submission.csv'}")

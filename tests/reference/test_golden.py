@@ -76,8 +76,6 @@ def metrics_of(log: str) -> list[dict[str, float]]:
 def test_a_case(
     golden: Golden, case: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if CASES[case] == "npz":
-        pytest.skip("wired with the new readers")
     saved = tmp_path / "saved.pt"
     flags = golden.flags(case, f"--run={tmp_path / 'run'}", f"--save-model={saved}")
     if start == "from the .pt":

@@ -11,7 +11,7 @@ grows with their number lies in files that are mapped into memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from dlrm.config import PrepareConfig
 from dlrm.data.numbering import count_numbers
+from dlrm.data.prepared import PreparedRows
 from dlrm.data.spool import Segment, Spool
 from dlrm.data.vocabulary import Vocabulary, write_vocabulary
 from dlrm.errors import UserError
@@ -128,6 +129,39 @@ def fit_feature(
     return fitted
 
 
+def fit_prepared(
+    spool: Spool, feature: int, vocabulary: Path, work: Path, rows: PreparedRows, *, memory: int
+) -> FittedFeature:
+    """Write the vocabulary of a sparse feature that another program has numbered, if it is known.
+
+    Args:
+        spool: All rows.
+        feature: Which feature.
+        vocabulary: The file to write.
+        work: A folder for scratch.
+        rows: Where they came from.
+        memory: Bytes that may be used.
+
+    Raises:
+        UserError: What the program left is damaged.
+        EnvironmentFaultError: The disk is full or fails.
+    """
+    size = rows.num_embeddings[feature]
+    if not rows.has_values:
+        return FittedFeature(size, "", -1, mapped=False)
+    scratch = work / f"generation-{feature:03}" if size * _ENTRY_BYTES > memory else None
+    generation = _Generation(size, rows.value_blocks(feature), scratch)
+    generation.count(spool, feature, spool.segments, spool.rows)
+    generation.ids[:] = np.arange(size)
+    ranges = _ranges([generation], max(memory, _LEAST_BYTES) // _ENTRY_BYTES)
+    distinct = (_distinct([generation], low, high) for low, high in ranges)
+    checksum = write_vocabulary(
+        vocabulary, (Vocabulary(each.values, each.numbers, each.counts) for each in distinct)
+    )
+    generation.discard()
+    return FittedFeature(size, checksum, -1, mapped=False)
+
+
 def map_file(work: Path, feature: int, generation: int) -> Path:
     """Return where the id of each number of a generation lies: (numbers,) int32, as .npy."""
     return work / f"map-{feature:03}-{generation:05}.npy"
@@ -140,23 +174,15 @@ class _Generation:
     """The values of one feature that were numbered together, n of them.
 
     Args:
-        spool: All rows.
-        feature: Which feature.
-        segments: Those that the generation numbered.
-        rows: Rows of the spool whose values count.
+        size: n.
+        values: All of them, in the order of their numbers, some at a time.
         scratch: Where to keep arrays; None: in memory.
     """
 
     def __init__(
-        self,
-        spool: Spool,
-        feature: int,
-        segments: Sequence[Segment],
-        rows: int,
-        scratch: Path | None,
+        self, size: int, values: Iterable[npt.NDArray[np.uint32]], scratch: Path | None
     ) -> None:
         self._files: list[Path] = []
-        size = sum(segment.new_values[feature] for segment in segments)
         self.values: UInt32Array = self._array(size, np.dtype(np.uint32), scratch)
         """(n,) in the order of their numbers."""
         self.counts: Int64Array = self._array(size, np.dtype(np.int64), scratch)
@@ -167,10 +193,21 @@ class _Generation:
         self.counting = 0
         """Numbers below this appear in the rows that count."""
         known = 0
+        for some in values:
+            self.values[known : known + len(some)] = some
+            known += len(some)
+        assert known == size
+
+    def count(self, spool: Spool, feature: int, segments: Iterable[Segment], rows: int) -> None:
+        """Count how often values occur in the first so many rows of a spool.
+
+        Args:
+            spool: All rows.
+            feature: Which feature.
+            segments: Those that the generation numbered.
+            rows: Rows of the spool that count.
+        """
         for segment in segments:
-            new = segment.new_values[feature]
-            self.values[known : known + new] = spool.new_values(segment.number, feature)
-            known += new
             inside = min(rows - segment.first_row, segment.rows)
             if inside > 0:
                 numbers = spool.sparse(segment.number, feature)[:inside].astype(np.int32)
@@ -205,16 +242,15 @@ def _generations(spool: Spool, feature: int, work: Path, rows: int) -> list[_Gen
         if not grouped or segment.generations[feature] != grouped[-1][-1].generations[feature]:
             grouped.append([])
         grouped[-1].append(segment)
-    return [
-        _Generation(
-            spool,
-            feature,
-            segments,
-            rows,
-            work / f"generation-{feature:03}-{number:05}" if len(grouped) > 1 else None,
-        )
-        for number, segments in enumerate(grouped)
-    ]
+    generations = []
+    for number, segments in enumerate(grouped):
+        scratch = work / f"generation-{feature:03}-{number:05}" if len(grouped) > 1 else None
+        size = sum(segment.new_values[feature] for segment in segments)
+        values = (spool.new_values(segment.number, feature) for segment in segments)
+        generation = _Generation(size, values, scratch)
+        generation.count(spool, feature, segments, rows)
+        generations.append(generation)
+    return generations
 
 
 def _ranges(generations: Sequence[_Generation], entries: int) -> list[tuple[int, int]]:

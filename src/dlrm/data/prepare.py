@@ -49,10 +49,18 @@ from dlrm.data.dataset import (
     stored_split,
     write_part,
 )
-from dlrm.data.fitting import FittedFeature, fit_feature
+from dlrm.data.fitting import FittedFeature, fit_feature, fit_prepared
 from dlrm.data.lines import GZIP
-from dlrm.data.reading import read_raw
-from dlrm.data.sources import PIPE, RawSource, SourceFile, piped_source, raw_source
+from dlrm.data.reading import read_prepared, read_raw
+from dlrm.data.sources import (
+    PIPE,
+    PreparedSource,
+    RawSource,
+    SourceFile,
+    find_source,
+    piped_source,
+    require_unchanged,
+)
 from dlrm.data.splits import (
     PERMUTATION_BYTES,
     RULES,
@@ -123,7 +131,7 @@ def prepare(
     """
     memory = memory_bytes(memory)
     dataset = Path(dataset)
-    found = None if str(source) == PIPE else raw_source(Path(source), config)
+    found = None if str(source) == PIPE else find_source(Path(source), config)
     work = Work(dataset)
     # First without the lock, which a finished DATASET in a read-only place does not need.
     if found and not overwrite and not (work.is_published or work.is_left_over):
@@ -207,7 +215,10 @@ def _new_parents(dataset: Path) -> Iterator[None]:
 
 
 def _published(
-    dataset: Path, work: Work, source: RawSource | None, config: PrepareConfig
+    dataset: Path,
+    work: Work,
+    source: RawSource | PreparedSource | None,
+    config: PrepareConfig,
 ) -> Dataset | None:
     """Tidy up after a process that was killed once its DATASET was in place.
 
@@ -220,7 +231,9 @@ def _published(
     return Dataset.open(dataset) if is_same and dataset.exists() else None
 
 
-def _differences_of_work(work: Work, source: RawSource | None, config: PrepareConfig) -> list[str]:
+def _differences_of_work(
+    work: Work, source: RawSource | PreparedSource | None, config: PrepareConfig
+) -> list[str]:
     """Say in what a preparation that was begun differs from the one that is asked for.
 
     Args:
@@ -276,7 +289,7 @@ class _Preparation:
 
     def __init__(
         self,
-        source: RawSource,
+        source: RawSource | PreparedSource,
         dataset: Path,
         work: Work,
         config: PrepareConfig,
@@ -330,7 +343,13 @@ class _Preparation:
         else:
             raise _half_made(self.dataset, differences)
         self._tell_plan()
-        self._require_permutable(sum(_estimate_rows(file.path) for file in self.source.files))
+        self._require_permutable(self._expected_rows())
+
+    def _expected_rows(self) -> int:
+        """Return how many rows the source has, about."""
+        if isinstance(self.source, PreparedSource):
+            return len(self.source.rows)
+        return sum(_estimate_rows(file.path) for file in self.source.files)
 
     def _require_permutable(self, rows: int) -> None:
         """Refuse an order that would take too much memory."""
@@ -347,7 +366,7 @@ class _Preparation:
         return self.work.folder / "spool"
 
     def _tell_plan(self) -> None:
-        rows = sum(_estimate_rows(file.path) for file in self.source.files)
+        rows = self._expected_rows()
         made = self.work.bytes
         folder = self.dataset.absolute().parent
         with environment_faults(f"write to {folder}"):
@@ -396,7 +415,7 @@ class _Preparation:
             options=self.config,
             days=split.days,
             day_clicks=days.clicks,
-            missing=tuple(np.sum([segment.missing for segment in spool.segments], axis=0).tolist()),
+            missing=_sum_missing([segment.missing for segment in spool.segments]),
             rows_dropped=sum(segment.candidates - segment.rows for segment in spool.segments),
             rows_rejected=sum(sum(segment.rejected.values()) for segment in spool.segments),
             rejected=_sum_counts([segment.rejected for segment in spool.segments]),
@@ -408,6 +427,12 @@ class _Preparation:
         self.work.remove()
 
     def _read(self, spool: Spool) -> None:
+        if isinstance(self.source, PreparedSource):
+            rows = self.source.rows
+            with progress("read", len(rows), unit="rows", unit_scale=True) as bar:
+                read_prepared(rows, spool, progress=bar.update)
+            require_unchanged(self.source.files)
+            return
         last = spool.segments[-1] if spool.segments else None
         if last and last.source_sha256 and last.file == len(self.source.files) - 1:
             return
@@ -437,13 +462,16 @@ class _Preparation:
             UserError: A split would be empty.
         """
         name = str(self.source.files[0].path if len(self.source.files) == 1 else "the source")
-        files = [0] * len(self.source.files)
-        for segment in spool.segments:
-            files[segment.file] += segment.rows
+        by_day = self._rows_by_day(spool)
         if self.source.split == "none":
-            split = SplitRows(tuple(files), 0, 0)
+            split = SplitRows(by_day, 0, 0)
         elif self.source.split == "days":
-            split = hold_back_last(tuple(files))
+            split = hold_back_last(by_day)
+        elif self.source.split == "fixed":
+            assert isinstance(self.source, PreparedSource)
+            fixed = self.source.rows.fixed_splits
+            assert fixed is not None
+            split = SplitRows((fixed.train,), fixed.test, fixed.validation)
         else:
             last = spool.segments[-1]
             # The days are cut before rows are dropped.
@@ -458,23 +486,38 @@ class _Preparation:
                 )
         return split
 
+    def _rows_by_day(self, spool: Spool) -> tuple[int, ...]:
+        if isinstance(self.source, PreparedSource):
+            return self.source.rows.days
+        files = [0] * len(self.source.files)
+        for segment in spool.segments:
+            files[segment.file] += segment.rows
+        return tuple(files)
+
     def _fit(self, spool: Spool, split: SplitRows) -> list[FittedFeature]:
         if self.config.hash_buckets:
             return []
         vocabularies = self.work.dataset / "vocabulary"
-        with environment_faults(f"write to {vocabularies}"):
-            vocabularies.mkdir(exist_ok=True)
+        if not isinstance(self.source, PreparedSource) or self.source.rows.has_values:
+            with environment_faults(f"write to {vocabularies}"):
+                vocabularies.mkdir(exist_ok=True)
         train_rows = len(split.ranges["train"])
 
+        memory = self.memory // self.workers
+
         def fit(feature: int) -> FittedFeature:
+            file = vocabularies / _vocabulary_name(feature)
+            if isinstance(self.source, PreparedSource):
+                rows = self.source.rows
+                return fit_prepared(spool, feature, file, self.work.folder, rows, memory=memory)
             return fit_feature(
                 spool,
                 feature,
-                vocabularies / _vocabulary_name(feature),
+                file,
                 self.work.folder,
                 self.config,
                 train_rows=train_rows,
-                memory=self.memory // self.workers,
+                memory=memory,
             )
 
         return self._each("fit", range(len(criteo.SPARSE_NAMES)), fit, "vocabularies")
@@ -492,7 +535,7 @@ class _Preparation:
         for index, each in enumerate(fitted):
             sparse[index] = dataclasses.replace(
                 sparse[index],
-                vocabulary=_vocabulary_name(index),
+                vocabulary=_vocabulary_name(index) if each.vocabulary_sha256 else "",
                 vocabulary_sha256=each.vocabulary_sha256,
                 other_id=each.other_id,
             )
@@ -564,6 +607,11 @@ class _Preparation:
         }
 
     def _sources(self, spool: Spool) -> tuple[Source, ...]:
+        if isinstance(self.source, PreparedSource):
+            return tuple(
+                dataclasses.replace(_as_source(file), sha256=sha256(file.path))
+                for file in self.source.files
+            )
         ends = {segment.file: segment for segment in spool.segments if segment.source_sha256}
         return tuple(
             dataclasses.replace(
@@ -617,6 +665,10 @@ def _rows_before(spool: Spool, candidate: int) -> int:
     raise AssertionError(candidate)
 
 
+def _sum_missing(missing: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*missing, strict=True)))
+
+
 def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for each in counts:
@@ -641,7 +693,9 @@ def _as_source(file: SourceFile) -> Source:
     return Source(file.name, file.bytes, file.mtime_ns, sha256="")
 
 
-def _finished(dataset: Path, source: RawSource, config: PrepareConfig) -> Dataset | None:
+def _finished(
+    dataset: Path, source: RawSource | PreparedSource, config: PrepareConfig
+) -> Dataset | None:
     """Open a DATASET, if there is one; it must be made from this source with these options.
 
     Raises:
@@ -668,7 +722,7 @@ def _finished(dataset: Path, source: RawSource, config: PrepareConfig) -> Datase
 def _differences(
     sources: Sequence[Source],
     options: PrepareConfig,
-    source: RawSource | None,
+    source: RawSource | PreparedSource | None,
     config: PrepareConfig,
 ) -> list[str]:
     """Say in what a preparation differs from the one that is asked for.

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from dlrm.config import PrepareConfig
 from dlrm.data import criteo
 from dlrm.data.numbering import FeatureNumberings
-from dlrm.data.sources import RawSource, describe_file
+from dlrm.data.prepared import Block, PreparedRows
+from dlrm.data.sources import RawSource, require_unchanged
 from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
 from dlrm.data.vocabulary import taken_modulo
 from dlrm.device import available_cores
@@ -58,6 +59,46 @@ def read_raw(
                 reader.read_file(number, criteo.Position(last.end, last.lines))
             else:
                 progress(file.bytes)
+
+
+def read_prepared(rows: PreparedRows, spool: Spool, *, progress: Callable[[int], object]) -> None:
+    """Read rows that are numbered already into a spool, from where it ends.
+
+    Args:
+        rows: What the reference has prepared.
+        spool: Empty, or what an interrupted preparation of the same rows left.
+        progress: Told of the rows that were read.
+
+    Raises:
+        UserError: A file is damaged.
+        EnvironmentFaultError: A disk is full or fails.
+    """
+    progress(spool.rows)
+    pending: list[Block] = []
+    for block in rows.blocks(spool.rows):
+        pending.append(block)
+        progress(len(block[0]))
+        if sum(len(labels) for labels, _, _ in pending) >= SEGMENT_ROWS:
+            _append_prepared(spool, pending)
+            pending = []
+    if pending:
+        _append_prepared(spool, pending)
+
+
+def _append_prepared(spool: Spool, blocks: Sequence[Block]) -> None:
+    labels, dense, ids = (np.concatenate(each) for each in zip(*blocks, strict=True))
+    segment = Segment(
+        number=len(spool.segments),
+        file=0,
+        end=0,
+        lines=0,
+        first_row=spool.rows,
+        rows=len(labels),
+        clicks=int(labels.sum(dtype=np.int64)),
+        first_candidate=spool.rows,
+        candidates=len(labels),
+    )
+    spool.append(segment, Columns(labels, list(dense.T), list(ids.T), _NO_VALUES), [])
 
 
 class _RawReader:
@@ -125,10 +166,7 @@ class _RawReader:
             if rows >= SEGMENT_ROWS:
                 self._write_segment(number, blocks, end, lacks_last_newline=not is_terminated)
                 blocks, rows = [], 0
-        if describe_file(file.path, file.name) != file:
-            raise UserError(
-                f"{file.path} changed while it was read. Prepare it once it is complete."
-            )
+        require_unchanged([file])
         self._write_segment(
             number, blocks, end, digest.hexdigest(), lacks_last_newline=not is_terminated
         )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dlrm.config import PrepareConfig
+from dlrm.data.prepared import PreparedRows, recognise
 from dlrm.data.splits import SplitRule
 from dlrm.errors import UserError
 from dlrm.files import atomic_write, environment_faults
@@ -17,7 +20,8 @@ from dlrm.files import atomic_write, environment_faults
 PIPE = "-"
 """The SOURCE that means standard input."""
 _DAY = re.compile(r"day_([0-9]+)(\.gz)?")
-_HEAD_BYTES = 1 << 20
+_PREPARED = (".npz", ".bin")
+_CHUNK_BYTES = 1 << 20
 
 logger = logging.getLogger("dlrm")
 
@@ -40,6 +44,19 @@ def describe_file(path: Path, name: str = "") -> SourceFile:
     return SourceFile(path, name or path.name, status.st_size, status.st_mtime_ns)
 
 
+def require_unchanged(files: Iterable[SourceFile]) -> None:
+    """Refuse files that are not what they were before they were read.
+
+    Raises:
+        UserError: Naming the first that has changed.
+    """
+    for file in files:
+        if describe_file(file.path, file.name) != file:
+            raise UserError(
+                f"{file.path} changed while it was read. Prepare it once it is complete."
+            )
+
+
 @dataclass(frozen=True)
 class RawSource:
     """Files of raw rows, in order."""
@@ -53,39 +70,90 @@ class RawSource:
         return sum(file.bytes for file in self.files)
 
 
-def raw_source(source: Path, config: PrepareConfig) -> RawSource:
+@dataclass(frozen=True)
+class PreparedSource:
+    """Rows that the reference has prepared."""
+
+    files: tuple[SourceFile, ...]
+    split: SplitRule
+    rows: PreparedRows
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.bytes for file in self.files)
+
+
+def find_source(source: Path, config: PrepareConfig) -> RawSource | PreparedSource:
     """Return the files that a source means.
 
     Args:
         source: A file of raw rows; a folder with train.txt; a folder with day_0, day_1 …, plain or
-            compressed with gzip; or one of these days.
+            compressed with gzip; one of these days; or what the reference has prepared.
         config: Which days, and how rows are split.
 
     Raises:
-        UserError: There are none, or they cannot be split as asked.
+        UserError: There are none, or they cannot be split or treated as asked.
+        EnvironmentFaultError: They cannot be read.
     """
+    if _is_prepared(source):
+        return _prepared_source(source, config)
+    return raw_source(source, config)
+
+
+def _is_prepared(source: Path) -> bool:
+    if source.is_dir():
+        names = [path.name for path in source.iterdir()]
+        is_raw = "train.txt" in names or any(map(_DAY.fullmatch, names))
+        return not is_raw and any(name.endswith(_PREPARED) for name in names)
+    if source.exists():
+        return source.name.endswith(_PREPARED)
+    # Of a file a day, what the names of all begin with.
+    return any(source.parent.glob(f"{source.name}_*_reordered.npz"))
+
+
+def _prepared_source(source: Path, config: PrepareConfig) -> PreparedSource:
+    rows = recognise(source)
+    allowed = PrepareConfig(shuffle=config.shuffle, seed=config.seed, split=config.split)
+    for field in dataclasses.fields(PrepareConfig):
+        if getattr(config, field.name) != getattr(allowed, field.name):
+            raise UserError(
+                f"--{field.name.replace('_', '-')} {getattr(config, field.name)} is about raw "
+                f"rows, and {rows.files[0]} holds rows that are prepared already. Prepare from raw "
+                "rows, or leave it out."
+            )
+    split: SplitRule
+    if rows.fixed_splits:
+        if config.split not in ("auto", "none"):
+            raise UserError(
+                f"--split {config.split}: the files of {source} are the splits already. Leave it "
+                "out, or train on all rows with --split none."
+            )
+        split = "fixed" if config.split == "auto" else "none"
+    else:
+        split = _resolved(source, config, "days", len(rows.days))
+    return PreparedSource(tuple(map(describe_file, rows.files)), split, rows)
+
+
+def raw_source(source: Path, config: PrepareConfig) -> RawSource:
+    """Return the files of raw rows that a source means; see ``find_source``."""
     if not source.exists():
         raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
     files = _files(source, config)
-    by_day = bool(_DAY.fullmatch(files[0].name))
-    return RawSource(tuple(files), _split(str(source), len(files), config, by_day=by_day))
+    usual: SplitRule = "days" if _DAY.fullmatch(files[0].name) else "rows"
+    return RawSource(tuple(files), _resolved(source, config, usual, len(files)))
 
 
-def _split(source: str, files: int, config: PrepareConfig, *, by_day: bool) -> SplitRule:
-    split: SplitRule
-    if config.split != "auto":
-        split = config.split
-    elif not by_day:
-        split = "rows"
-    elif files > 1:
-        split = "days"
-    else:
-        raise UserError(
-            f"{source} is a single day, of which nothing is held back from training as it is. Say "
-            "how: --split rows cuts it into 7 runs of rows, of which the last is held back; "
-            "--split none trains on all of it."
-        )
-    if split == "days" and files < 2:
+def _resolved(source: Path | str, config: PrepareConfig, usual: SplitRule, days: int) -> SplitRule:
+    """Return how rows are split, where "auto" means what is usual."""
+    split: SplitRule = usual if config.split == "auto" else config.split
+    if split == "days" and days < 2:
+        if config.split == "auto":
+            raise UserError(
+                f"{source} is a single day, of which nothing is held back from training as it is. "
+                "Say how: --split rows cuts it into 7 runs of rows, of which the last is held "
+                "back; --split none trains on all of it."
+            )
         raise UserError(
             f"--split days needs at least two days, one of them to be held back; {source} has one. "
             "Use --split rows or --split none."
@@ -139,14 +207,14 @@ def piped_source(spooled: Path, config: PrepareConfig, *, anew: bool) -> RawSour
     """
     name = "standard input"
     _refuse_days(name, config)
-    split = _split(name, 1, config, by_day=False)
+    split = _resolved(name, config, "rows", 1)
     if spooled.exists() and not anew:
         logger.info("going on with what came through the pipe before: %s", spooled)
     else:
         with environment_faults(f"write to {spooled.parent}"):
             spooled.parent.mkdir(exist_ok=True)
         with atomic_write(spooled) as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, _HEAD_BYTES)
+            shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK_BYTES)
             if not file.tell():
                 raise UserError(
                     "standard input is empty: nothing came through the pipe. Check what feeds it."

@@ -20,7 +20,7 @@ DAYS = 7
 MINIMUM_ROWS = 2 * DAYS
 """With fewer rows the last of 7 days has no two, and a split would be empty."""
 
-SplitRule = Literal["days", "rows", "none"]
+SplitRule = Literal["days", "rows", "none", "fixed"]
 RULES: Mapping[SplitRule, str] = {
     "rows": (
         "7 days, runs of rows as equal as can be, the first ones longer; days 1-6 train, the first "
@@ -31,6 +31,7 @@ RULES: Mapping[SplitRule, str] = {
         "the second half validation"
     ),
     "none": "every row trains",
+    "fixed": "as in the files of the reference, one a split",
 }
 
 

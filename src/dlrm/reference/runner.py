@@ -11,7 +11,7 @@ from dlrm.checkpoint import save_checkpoint
 from dlrm.config import write_config
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.data.prepare import prepare
-from dlrm.data.sources import raw_source
+from dlrm.data.sources import find_source
 from dlrm.device import open_device
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
@@ -39,7 +39,7 @@ def run(request: Request) -> None:
 def _run(request: Request) -> None:
     # What can be refused is refused before the long work starts.
     refuse_taken(request.run)
-    raw_source(request.source, request.prepare)
+    find_source(request.source, request.prepare)
     if request.save_model and not request.save_model.parent.is_dir():
         raise UserError(
             f"--save-model: {request.save_model.parent} is not a folder. Make it, or choose "
