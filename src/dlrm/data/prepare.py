@@ -87,7 +87,7 @@ MINIMUM_MEMORY = 1 << 30
 
 _DEFAULTS = PrepareConfig()
 _HEAD_BYTES = 1 << 20
-_RESERVED_BYTES = 480 << 20
+_RESERVED_BYTES = 520 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
 _WORKER_BYTES = 240 << 20
 """What making one run or part takes, about."""
@@ -215,10 +215,7 @@ def _new_parents(dataset: Path) -> Iterator[None]:
 
 
 def _published(
-    dataset: Path,
-    work: Work,
-    source: RawSource | PreparedSource | None,
-    config: PrepareConfig,
+    dataset: Path, work: Work, source: RawSource | PreparedSource | None, config: PrepareConfig
 ) -> Dataset | None:
     """Tidy up after a process that was killed once its DATASET was in place.
 

@@ -131,7 +131,7 @@ def _prepared_source(source: Path, config: PrepareConfig) -> PreparedSource:
             )
         split = "fixed" if config.split == "auto" else "none"
     else:
-        split = _resolved(source, config, "days", len(rows.days))
+        split = _resolved(str(source), config, "days", len(rows.days))
     return PreparedSource(tuple(map(describe_file, rows.files)), split, rows)
 
 
@@ -141,10 +141,10 @@ def raw_source(source: Path, config: PrepareConfig) -> RawSource:
         raise UserError(f"{source} does not exist. Name Criteo's train.txt or its folder.")
     files = _files(source, config)
     usual: SplitRule = "days" if _DAY.fullmatch(files[0].name) else "rows"
-    return RawSource(tuple(files), _resolved(source, config, usual, len(files)))
+    return RawSource(tuple(files), _resolved(str(source), config, usual, len(files)))
 
 
-def _resolved(source: Path | str, config: PrepareConfig, usual: SplitRule, days: int) -> SplitRule:
+def _resolved(source: str, config: PrepareConfig, usual: SplitRule, days: int) -> SplitRule:
     """Return how rows are split, where "auto" means what is usual."""
     split: SplitRule = usual if config.split == "auto" else config.split
     if split == "days" and days < 2:
