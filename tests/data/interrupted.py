@@ -29,7 +29,7 @@ import msgspec
 
 from dlrm import cli, files
 from dlrm.config import PrepareConfig
-from dlrm.data import criteo, lines, numbering, prepare, reading, row_parser, verification
+from dlrm.data import criteo, fitting, lines, numbering, prepare, reading, row_parser, verification
 from dlrm.data import dataset as dataset_module
 from dlrm.data.dataset import Manifest, WrittenPart
 from dlrm.data.fitting import FittedFeature
@@ -124,6 +124,7 @@ def _set_up(request: dict[str, Any]) -> None:
             *arguments, table_bytes=request["table_bytes"], **options
         )
     if "fit_bytes" in request:
+        fitting._LEAST_BYTES = 0
         fit = prepare.fit_feature
         prepare.fit_feature = lambda *arguments, memory, **options: fit(  # type: ignore[assignment]
             *arguments, memory=request["fit_bytes"], **options

@@ -411,8 +411,8 @@ def rows_of(batch: pa.RecordBatch) -> Rows:
     labels, dense, sparse, *_ = batch.columns
     return Rows(
         labels.to_numpy(),
-        dense.flatten().to_numpy().reshape(len(batch), -1),
-        sparse.flatten().to_numpy().reshape(len(batch), -1),
+        dense.flatten().to_numpy().reshape(len(batch), dense.type.list_size),
+        sparse.flatten().to_numpy().reshape(len(batch), sparse.type.list_size),
     )
 
 
@@ -536,8 +536,8 @@ def publish(
         write_json(partial / "manifest.json", manifest)
         for folder in (*(partial / split for split in SPLITS), partial):
             flush_folder(folder)
-        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed
         if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed
             os.replace(path, replaced)
         os.replace(partial, path)
         flush_folder(path.parent)

@@ -78,7 +78,7 @@ def fit_feature(
         UserError: There are more values than an id can tell apart.
         EnvironmentFaultError: The disk is full or fails.
     """
-    record = work / f"fitted-{feature:03}.json"
+    record = _record(work, feature)
     if record.exists():
         return read_json(record, FittedFeature, "preparation")
     rows = train_rows if config.vocabulary == "train" else spool.rows
@@ -138,7 +138,7 @@ def fit_prepared(
         spool: All rows.
         feature: Which feature.
         vocabulary: The file to write.
-        work: A folder for scratch.
+        work: A folder for scratch and for the record that fitting is done.
         rows: Where they came from.
         memory: Bytes that may be used.
 
@@ -149,6 +149,9 @@ def fit_prepared(
     size = rows.num_embeddings[feature]
     if not rows.has_values:
         return FittedFeature(size, "", -1, mapped=False)
+    record = _record(work, feature)
+    if record.exists():
+        return read_json(record, FittedFeature, "preparation")
     scratch = work / f"generation-{feature:03}" if size * _ENTRY_BYTES > memory else None
     generation = _Generation(size, rows.value_blocks(feature), scratch)
     generation.count(spool, feature, spool.segments, spool.rows)
@@ -159,7 +162,13 @@ def fit_prepared(
         vocabulary, (Vocabulary(each.values, each.numbers, each.counts) for each in distinct)
     )
     generation.discard()
-    return FittedFeature(size, checksum, -1, mapped=False)
+    fitted = FittedFeature(size, checksum, -1, mapped=False)
+    write_json(record, fitted)
+    return fitted
+
+
+def _record(work: Path, feature: int) -> Path:
+    return work / f"fitted-{feature:03}.json"
 
 
 def map_file(work: Path, feature: int, generation: int) -> Path:
