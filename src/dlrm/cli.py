@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol
 import msgspec
 import tyro
 
-from dlrm.config import DeviceKind, PrepareConfig, SynthesizeConfig, TrainConfig, read_config
+from dlrm.config import Amp, DeviceKind, PrepareConfig, SynthesizeConfig, TrainConfig, read_config
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.schema import SPLITS, Split
 from dlrm.version import __version__
@@ -154,6 +154,8 @@ class Evaluate:
     """Where to compute."""
     local_rank: int = 0
     """Which card of that kind."""
+    amp: Amp | None = None
+    """Mixed precision (see dlrm train); None: as in training."""
 
     def execute(self) -> None:
         """Evaluate and print the metrics."""
@@ -166,6 +168,7 @@ class Evaluate:
             dataset=self.dataset,
             device=self.device,
             local_rank=self.local_rank,
+            amp=self.amp,
         )
         _print_json(
             {
@@ -199,13 +202,19 @@ class Predict:
     """Where to compute."""
     local_rank: int = 0
     """Which card of that kind."""
+    amp: Amp | None = None
+    """Mixed precision (see dlrm train); None: as in training."""
 
     def execute(self) -> None:
         """Predict and print a summary."""
         from dlrm.prediction import load, predict_file
 
         predictor = load(
-            self.model, checkpoint=self.checkpoint, device=self.device, local_rank=self.local_rank
+            self.model,
+            checkpoint=self.checkpoint,
+            device=self.device,
+            local_rank=self.local_rank,
+            amp=self.amp,
         )
         _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
+Amp = Literal["O0", "O1"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -250,6 +251,9 @@ class TrainConfig:
     """Where to compute."""
     local_rank: int = 0
     """Which card of that kind."""
+    amp: Amp = "O0"
+    """Mixed precision: O0 computes in float32; O1 multiplies matrices in bfloat16 on a cpu, and in
+    float16 with gradient scaling on cuda and npu. Weights, loss and sigmoid stay float32."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

@@ -92,12 +92,20 @@ class Optimizer:
         self._dense_optimizer.zero_grad()
         self._sparse_arch.arena.grad = None
 
+    @property
+    def param_groups(self) -> list[dict[str, list[Tensor]]]:
+        """All that has a gradient, as ``torch.amp.GradScaler`` asks an optimizer for it."""
+        return [{"params": [*self._dense.values(), self._sparse_arch.arena]}]
+
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float) -> bool:
         """Move every weight that has a gradient.
 
         Args:
             rate: The learning rate of this step.
+
+        Returns:
+            True: that is how a caller knows that a gradient scaler has not skipped it.
         """
         for group in self._dense_optimizer.param_groups:
             group["lr"] = rate
@@ -105,6 +113,7 @@ class Optimizer:
         gradient = self._sparse_arch.arena.grad
         if gradient is not None:
             self._step_tables(gradient._indices()[0], gradient._values(), rate)
+        return True
 
     def _step_tables(self, rows: Tensor, gradients: Tensor, rate: float) -> None:
         """Update the arena.

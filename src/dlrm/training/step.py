@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from dlrm.config import LossConfig
+from dlrm.config import Amp, LossConfig
 from dlrm.data.batch import Batch
+from dlrm.device import autocast, gradient_scaler
 from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import mean_loss
 from dlrm.training.native_step import NativeStep, supports
@@ -20,17 +22,21 @@ class Step(Protocol):
     kernels: Literal["native", "plain"]
     reason: str
     """Why this step was chosen."""
+    scaler: torch.amp.GradScaler | None
+    """What scales gradients in mixed precision, where that is needed."""
+    skipped_steps: int
+    """Calls that moved nothing, since a scaled gradient was not finite."""
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """Take a step and return the mean loss before it; see ``EagerStep``."""
 
 
-def choose_step(model: DLRM, optimizer: Optimizer, loss: LossConfig) -> Step:
+def choose_step(model: DLRM, optimizer: Optimizer, loss: LossConfig, amp: Amp = "O0") -> Step:
     """Return the fastest step that supports a configuration."""
-    chosen, reason = supports(model)
+    chosen, reason = supports(model, amp)
     if chosen:
         return NativeStep(model, optimizer, loss, reason)
-    return EagerStep(model, optimizer, loss, reason)
+    return EagerStep(model, optimizer, loss, amp, reason)
 
 
 class EagerStep:
@@ -42,6 +48,7 @@ class EagerStep:
         model: Moved by every call.
         optimizer: Over the same model.
         loss: What is minimised.
+        amp: Whether matrices are multiplied in lower precision.
         reason: Why this step was chosen.
     """
 
@@ -52,12 +59,17 @@ class EagerStep:
         model: DLRM,
         optimizer: Optimizer,
         loss: LossConfig,
+        amp: Amp = "O0",
         reason: str = "it was asked for",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss = loss
+        self.amp: Amp = amp
         self.reason = reason
+        self.device = model.sparse_arch.arena.device
+        self.scaler = gradient_scaler(self.device, amp)
+        self.skipped_steps = 0
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """Take a step.
@@ -71,7 +83,19 @@ class EagerStep:
         """
         assert batch.labels is not None
         self.optimizer.zero_grad()
-        loss = mean_loss(self.model(batch), batch.labels, self.loss)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step(rate)
+        with autocast(self.device, self.amp):
+            logits = self.model(batch)
+        loss = mean_loss(logits, batch.labels, self.loss)  # in float32 whatever the logits are
+        if self.scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step(rate)
+        else:
+            self._step_scaled(self.scaler, loss, rate)
         return loss.detach()
+
+    def _step_scaled(self, scaler: torch.amp.GradScaler, loss: Tensor, rate: float) -> None:
+        """Move along gradients of the scaled loss, or lower the scale if they overflowed."""
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        moved = scaler.step(self.optimizer, rate)  # type: ignore[arg-type]
+        scaler.update()
+        self.skipped_steps += not moved

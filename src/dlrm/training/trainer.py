@@ -142,8 +142,9 @@ class Trainer:
         self.model = DLRM(run.schema, config.model, device=device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.position = Position()
+        scaler_state = None
         if config.continue_from:
-            self._continue_from(Path(config.continue_from))
+            scaler_state = self._continue_from(Path(config.continue_from)).gradient_scaler
         else:
             initialize(self.model, self._initial_random_state())
         if 0 < config.max_steps <= self.position.total_steps:
@@ -152,7 +153,9 @@ class Trainer:
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
             )
         self.first_step = self.position.total_steps
-        self.step = choose_step(self.model, self.optimizer, config.loss)
+        self.step = choose_step(self.model, self.optimizer, config.loss, config.amp)
+        if self.step.scaler and scaler_state:
+            self.step.scaler.load_state_dict(scaler_state)
 
         self.best_auc = -math.inf
         self.stopped = ""
@@ -164,7 +167,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until all epochs are done, or a limit or target is reached."""
-        start = Start(self.config, self.position, self.steps_per_epoch, self.train_rows)
+        start = Start(
+            self.config,
+            self.position,
+            self.steps_per_epoch,
+            self.train_rows,
+            self.step.kernels,
+            self.step.reason,
+        )
         for listener in self.listeners:
             listener.on_start(start)
         self.model.train()
@@ -243,10 +253,11 @@ class Trainer:
             unknown_ids={split: result.unknown_ids for split, result in results.items()},
             kernels=self.step.kernels,
             kernels_reason=self.step.reason,
-            amp_type="O0",
+            amp_type=config.amp,
             device=str(self.device),
             versions=versions(),
             hardware=hardware(self.device),
+            skipped_steps=self.step.skipped_steps,
         )
         run.write_result(result)
         return result
@@ -263,7 +274,7 @@ class Trainer:
                     random_state.permutation(rows)
         return random_state
 
-    def _continue_from(self, path: Path) -> None:
+    def _continue_from(self, path: Path) -> CheckpointInfo:
         info = read_info(path)
         if info.optimizer not in ("", self.config.optimizer.optimizer):
             raise UserError(
@@ -296,6 +307,7 @@ class Trainer:
                 f"{path} was saved after {self.position.epoch} epochs, so with --epochs "
                 f"{self.config.epochs} nothing is left to train. Ask for more epochs."
             )
+        return info
 
     def _report(self, meter: _Meter, rate: float) -> None:
         loss, samples, steps, seconds = meter.read()
@@ -374,6 +386,7 @@ class Trainer:
             self.config.optimizer.optimizer,
             self.data.manifest.fingerprint,
             self.config.mini_batch_size,
+            self.step.scaler.state_dict() if self.step.scaler else None,
         )
         save_checkpoint(self.run.checkpoint("newest"), tensors, info)
         if is_best:
