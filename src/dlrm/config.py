@@ -116,6 +116,9 @@ class ModelConfig:
     """Include each vector's dot product with itself."""
     dropout: float = 0.0
     """Probability of dropping a hidden activation of the top MLP while training."""
+    embedding_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What embedding tables are stored in. The narrow types halve their memory; an update is
+    computed in float32 and rounded at random, so that small updates count on average."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""

@@ -82,7 +82,7 @@ class EagerStep:
             The mean loss before the step, a detached scalar on the model's device.
         """
         assert batch.labels is not None
-        self.optimizer.zero_grad()
+        self.optimizer.begin_step()
         with autocast(self.device, self.amp):
             logits = self.model(batch)
         loss = mean_loss(logits, batch.labels, self.loss)  # in float32 whatever the logits are

@@ -140,7 +140,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # dropout
         self.model = DLRM(run.schema, config.model, device=device)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.optimizer = Optimizer(self.model, config.optimizer, config.seed)
         self.position = Position()
         scaler_state = None
         if config.continue_from:
@@ -152,7 +152,7 @@ class Trainer:
                 f"{config.continue_from} was saved after {self.position.total_steps} steps, so "
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
             )
-        self.first_step = self.position.total_steps
+        self.first_step = self.optimizer.steps = self.position.total_steps
         self.step = choose_step(self.model, self.optimizer, config.loss, config.amp)
         if self.step.scaler and scaler_state:
             self.step.scaler.load_state_dict(scaler_state)
