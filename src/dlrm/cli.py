@@ -101,13 +101,16 @@ class Train:
     options: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config: Path | None = None
     """A TOML file with defaults for all that follows, such as another run's config.toml."""
+    profile: Path | None = None
+    """Write a trace of 30 steps, which Perfetto opens: a .json or .json.gz file, or a folder."""
 
     def execute(self) -> None:
         """Train and print the result."""
         from dlrm.training.events import Console
         from dlrm.training.trainer import train
 
-        _print_json(train(self.dataset, self.run, self.options, [Console()]))
+        result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
+        _print_json(result)
 
 
 @dataclass(frozen=True)

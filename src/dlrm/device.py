@@ -94,6 +94,14 @@ def gradient_scaler(device: torch.device, amp: Amp) -> torch.amp.GradScaler | No
     return torch.amp.GradScaler(device.type)
 
 
+def profiler_activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
+    """Return what ``torch.profiler`` can record; of an NPU, the host's side alone."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return activities
+
+
 def use_available_cores() -> None:
     """Compute on as many threads as there are cores for this process.
 

@@ -12,6 +12,7 @@ from dlrm.data.batch import Batch
 from dlrm.device import autocast, gradient_scaler
 from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import mean_loss
+from dlrm.trace import part
 from dlrm.training.native_step import NativeStep, supports
 from dlrm.training.optimizer import Optimizer
 
@@ -85,17 +86,20 @@ class EagerStep:
         self.optimizer.begin_step()
         with autocast(self.device, self.amp):
             logits = self.model(batch)
-        loss = mean_loss(logits, batch.labels, self.loss)  # in float32 whatever the logits are
-        if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step(rate)
-        else:
-            self._step_scaled(self.scaler, loss, rate)
+        with part("loss"):  # in float32 whatever the logits are
+            loss = mean_loss(logits, batch.labels, self.loss)
+        with part("backward"):
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        with part("update"):
+            self._update(rate)
         return loss.detach()
 
-    def _step_scaled(self, scaler: torch.amp.GradScaler, loss: Tensor, rate: float) -> None:
-        """Move along gradients of the scaled loss, or lower the scale if they overflowed."""
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        moved = scaler.step(self.optimizer, rate)  # type: ignore[arg-type]
-        scaler.update()
-        self.skipped_steps += not moved
+    def _update(self, rate: float) -> None:
+        """Move the weights; not where a scaled gradient overflowed, which lowers the scale."""
+        if self.scaler is None:
+            self.optimizer.step(rate)
+        else:
+            moved = self.scaler.step(self.optimizer, rate)  # type: ignore[arg-type]
+            self.scaler.update()
+            self.skipped_steps += not moved

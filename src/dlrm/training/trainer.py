@@ -36,13 +36,20 @@ from dlrm.runs import (
     versions,
 )
 from dlrm.schema import Split
+from dlrm.trace import part, waiting
 from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
 from dlrm.training.optimizer import Optimizer, learning_rate
+from dlrm.training.profiling import StepProfiler, trace_file
 from dlrm.training.step import choose_step
 
 
 def train(
-    dataset: Path | str, run: Path | str, config: TrainConfig, listeners: Sequence[Events] = ()
+    dataset: Path | str,
+    run: Path | str,
+    config: TrainConfig,
+    listeners: Sequence[Events] = (),
+    *,
+    profile: Path | str | None = None,
 ) -> RunResult:
     """Train a model on a DATASET into a new RUN folder.
 
@@ -51,6 +58,7 @@ def train(
         run: The folder to make; it must not hold a run already.
         config: Everything else.
         listeners: Told of every step, report and evaluation.
+        profile: Where a trace of some steps goes: a .json or .json.gz file, or a folder.
 
     Returns:
         What ``RUN/result.json`` holds.
@@ -64,6 +72,7 @@ def train(
     if not isinstance(config, TrainConfig):
         raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
     dataset, run = Path(dataset), Path(run)
+    trace = trace_file(Path(profile)) if profile is not None else None
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
     # Dropout draws from PyTorch's own generator, which is the caller's again afterwards.
@@ -77,7 +86,12 @@ def train(
         write_config(run / "config.toml", config, dataset)
         with JsonLines(run / "log.jsonl") as log:
             trainer.listeners = (log, *listeners)
+            if trace is not None:
+                profiler = StepProfiler(trainer.model, device)
+                trainer.listeners = (*trainer.listeners, profiler)
             trainer.fit()
+            if trace is not None:
+                profiler.write(trace)
             return trainer.finish(started)
 
 
@@ -198,13 +212,14 @@ class Trainer:
         """Train on the batches of a pass, or until a limit or target is reached."""
         config = self.config
         meter = _Meter(self.device)
-        for batch in batches:
+        for batch in waiting(batches, "wait for data"):
             position = self.position
             self.position = position = replace(
                 position, step=position.step + 1, total_steps=position.total_steps + 1
             )
             rate = learning_rate(config.optimizer, position.total_steps)
-            loss = self.step(batch.to(self.device), rate)
+            with part("step"):
+                loss = self.step(batch.to(self.device), rate)
             meter.add(loss, len(batch))
             for listener in self.listeners:
                 listener.on_step(position, len(batch))
