@@ -18,7 +18,7 @@ from dlrm.device import MixedPrecision
 from dlrm.evaluation import evaluate
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.loss import mean_loss, probabilities
-from dlrm.model.score import score_batch
+from dlrm.model.score import Scorer
 from dlrm.prediction import load
 from dlrm.runs import Run
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
@@ -97,7 +97,8 @@ def test_steps_in_bfloat16_stay_close_to_those_in_float32(
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected.item(), rel=0.01)
         assert found.item() != expected.item()
-    probabilities = [score_batch(model, make_batch(99), LossConfig()) for model in (exact, mixed)]
+    scorers = [Scorer(exact, LossConfig()), Scorer(mixed, LossConfig(), "O1")]
+    probabilities = [scorer(make_batch(99)) for scorer in scorers]
     np.testing.assert_allclose(probabilities[1], probabilities[0], atol=0.02)
 
 

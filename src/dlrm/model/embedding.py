@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dlrm.ops.library import library
 from dlrm.ops.rounding import NARROW
 
 
@@ -43,6 +44,8 @@ class SparseArch(nn.Module):
         self.num_embeddings = tuple(num_embeddings)
         rows = torch.tensor([0, *num_embeddings]).cumsum(0)
         arena = torch.empty(int(rows[-1]), embedding_dim, dtype=dtype, device=device)
+        if arena.device.type == "cpu" and library().loaded:
+            torch.ops.dlrm.advise_huge_pages(arena)
         self.is_narrow = dtype in NARROW
         self.arena = nn.Parameter(arena, requires_grad=not self.is_narrow)
         # Of narrow tables: the rows of the newest lookup, (N,), and their vectors, (N, D).

@@ -20,11 +20,9 @@ LOSSES = {"bce": 0, "wbce": 0, "mse": 1}
 
 def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
     """Return whether ``NativeStep`` takes a model, and why or why not."""
-    if amp != "O0":
-        return False, f"the native kernels compute in float32, and --amp {amp} was asked for"
     if model.config.dropout:
         return False, "the native kernels have no dropout"
-    return forward_supports(model)
+    return forward_supports(model, amp)
 
 
 class _Gradients:
