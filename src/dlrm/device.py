@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -92,6 +93,14 @@ def gradient_scaler(device: torch.device, amp: Amp) -> torch.amp.GradScaler | No
     if amp == "O0" or not _MIXED_PRECISION[device.type].scales_gradients:
         return None
     return torch.amp.GradScaler(device.type)
+
+
+def fused_tables_location(device: torch.device) -> Literal["HOST", "DEVICE"] | None:
+    """Return where fbgemm keeps the tables of a device, in its words; None: it is not used there.
+
+    fbgemm runs on a CPU too, where our own operators are faster.
+    """
+    return "DEVICE" if device.type == "cuda" else None
 
 
 def profiler_activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:

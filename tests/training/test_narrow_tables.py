@@ -132,7 +132,7 @@ def test_small_updates_survive_on_average_where_rounding_to_nearest_loses_them(d
     counts = torch.bincount((every_id + model.sparse_arch.first_rows).flatten())
     steps = 1000
     for _ in range(steps):
-        optimizer.begin_step()
+        optimizer.begin_step(change)
         vectors = model.sparse_arch(every_id)
         vectors.sum().backward()
         optimizer.step(change)
@@ -154,7 +154,7 @@ def test_rounding_follows_the_seed_and_the_step_and_not_the_threads() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            optimizer.begin_step()
+            optimizer.begin_step(0.01)
             batch = make_batch(4, rows=3000)
             vectors = model.sparse_arch(batch.sparse_features)
             (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class SparseArch(nn.Module):
             torch.ops.dlrm.advise_huge_pages(arena)
         self.is_narrow = dtype in NARROW
         self.arena = nn.Parameter(arena, requires_grad=not self.is_narrow)
+        # Looks up vectors in training instead, and updates the arena when gradients arrive.
+        self.fused: Callable[[Tensor, Tensor | None], Tensor] | None = None
         # Of narrow tables: the rows of the newest lookup, (N,), and their vectors, (N, D).
         self._looked_up: tuple[Tensor, Tensor] | None = None
         # Not part of the state: it follows from num_embeddings. Made on the CPU even under a
@@ -65,6 +67,8 @@ class SparseArch(nn.Module):
         Returns:
             (B, F, D); an empty bag gives zeros.
         """
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused(sparse_features, offsets)
         shape = (-1, len(self.names), self.arena.shape[1])
         if offsets is None:
             rows = sparse_features + self.first_rows

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dlrm.config import OptimizerConfig
 from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM
+from dlrm.model.fused_tables import FusedTables
 from dlrm.model.mlp import MLP
 from dlrm.ops.rounding import random_bits, round_stochastically
 
@@ -64,6 +65,7 @@ class Optimizer:
         self.config = config
         self.seed = seed
         self.steps = 0
+        self._fused: FusedTables | None = None
         self._sparse_arch = model.sparse_arch
         self._dense = {
             name: parameter
@@ -93,9 +95,21 @@ class Optimizer:
             [state[layer.bias]["sum"] for layer in layers],
         )
 
-    def begin_step(self) -> None:
-        """Forget all gradients, and count a step."""
+    def fuse_tables(self) -> None:
+        """Let fbgemm look tables up, and update them while gradients are computed."""
+        accumulator, rule = self.accumulator, self.config.optimizer
+        self._fused = FusedTables(self._sparse_arch, rule, accumulator, EPSILON)
+        self._sparse_arch.fused = self._fused
+
+    def begin_step(self, rate: float) -> None:
+        """Forget all gradients, and count a step.
+
+        Args:
+            rate: The learning rate of this step.
+        """
         self.steps += 1
+        if self._fused is not None:
+            self._fused.set_rate(rate)
         self._dense_optimizer.zero_grad()
         self._sparse_arch.forget_gradient()
 

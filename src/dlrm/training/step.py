@@ -10,6 +10,7 @@ from torch import Tensor
 from dlrm.config import Amp, LossConfig
 from dlrm.data.batch import Batch
 from dlrm.device import autocast, gradient_scaler
+from dlrm.model import fused_tables
 from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import mean_loss
 from dlrm.trace import part
@@ -37,7 +38,15 @@ def choose_step(model: DLRM, optimizer: Optimizer, loss: LossConfig, amp: Amp = 
     chosen, reason = supports(model, amp)
     if chosen:
         return NativeStep(model, optimizer, loss, reason)
-    return EagerStep(model, optimizer, loss, amp, reason)
+    step = EagerStep(model, optimizer, loss, amp, reason)
+    fuses, tables = fused_tables.supports(
+        model.sparse_arch, scales_gradients=step.scaler is not None
+    )
+    if fuses:
+        optimizer.fuse_tables()
+    if model.sparse_arch.arena.device.type != "cpu":
+        step.reason = f"{reason}; {tables}"
+    return step
 
 
 class EagerStep:
@@ -83,7 +92,7 @@ class EagerStep:
             The mean loss before the step, a detached scalar on the model's device.
         """
         assert batch.labels is not None
-        self.optimizer.begin_step()
+        self.optimizer.begin_step(rate)
         with autocast(self.device, self.amp):
             logits = self.model(batch)
         with part("loss"):  # in float32 whatever the logits are
