@@ -21,7 +21,15 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol
 import msgspec
 import tyro
 
-from dlrm.config import Amp, DeviceKind, PrepareConfig, SynthesizeConfig, TrainConfig, read_config
+from dlrm.config import (
+    Amp,
+    BenchTrainConfig,
+    DeviceKind,
+    PrepareConfig,
+    SynthesizeConfig,
+    TrainConfig,
+    read_config,
+)
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.schema import SPLITS, Split
 from dlrm.version import __version__
@@ -223,6 +231,29 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class BenchTrain:
+    """Measure training beside the time that its matrix multiplications alone take, the floor.
+
+    On made-up rows in a folder for temporary files. Floor, steps on rows in memory, and training
+    from disk are measured in turn, on rows that are never repeated.
+    """
+
+    options: Annotated[BenchTrainConfig, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.bench import bench_train
+
+        result = bench_train(self.options)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
+
+
+@dataclass(frozen=True)
 class Reference:
     """Take the reference implementation's command line, verbatim."""
 
@@ -243,6 +274,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
     "predict": (Predict, "predict the click probability of raw rows"),
+    "bench": (BenchTrain, "measure training: `dlrm bench train`"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
 
@@ -305,6 +337,13 @@ def parse(arguments: Sequence[str]) -> Command:
     if verb == "reference":
         return Reference(tuple(rest))
     kind = _VERBS[verb][0]
+    if verb == "bench":
+        stage, *rest = rest or [""]
+        if stage in ("-h", "--help"):
+            rest = ["--help"]
+        elif stage != "train":
+            raise UserError(f"`dlrm bench` measures one stage, train; got {stage!r}.")
+        verb = "bench train"
     command: Command = tyro.cli(
         kind,
         prog=f"dlrm {verb}",

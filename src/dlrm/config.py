@@ -275,6 +275,45 @@ class TrainConfig:
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
 
 
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    """What ``dlrm bench train`` measures."""
+
+    architecture: Literal["kaggle", "kaggle-64", "kaggle-128", "mlperf"] = "kaggle"
+    """Criteo Kaggle's 26 tables with vectors of 16, 64 or 128, or MLPerf's DLRM."""
+    max_table_rows: int = -1
+    """Limit of every table's rows; 0: none; -1: none for kaggle (33.8 million rows, 2.2 GB), and a
+    million for the others."""
+    mini_batch_size: int = 128
+    """Rows a step."""
+    scattered: bool = False
+    """Scatter ids over their tables as hashing does, instead of numbering frequent ones first as
+    `dlrm prepare` all but does."""
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    """See dlrm train; so for the next four."""
+    embedding_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    amp: Amp = "O0"
+    device: DeviceKind = "cpu"
+    local_rank: int = 0
+    pairs: int = 20
+    """How often floor and training are measured in turn; the medians are the result."""
+    seed: int = 123
+    """Of the made-up rows and the initial weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("mini_batch_size", "pairs"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        require(
+            self.max_table_rows >= -1,
+            f"--max-table-rows must be at least -1; got {self.max_table_rows}",
+        )
+        require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
+
+
 def write_config(path: Path, config: TrainConfig, dataset: Path) -> None:
     """Write a configuration that ``dlrm train --config`` reads, and the DATASET's place."""
     place = dataset.resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class StepProfiler(Events):
         self._profile = torch.profiler.profile(activities=profiler_activities(device))
         self._recording: ExitStack | None = None
         self.recorded_steps = 0
+        self.recorded_seconds = 0.0
 
     def on_start(self, start: Start) -> None:
         """Record from the first step on where there are few."""
@@ -102,9 +104,11 @@ class StepProfiler(Events):
                 for handle in _range_of(module, name):
                     stack.callback(handle.remove)
             self._recording = stack.pop_all()
+        self._since = time.perf_counter()
 
     def _end(self) -> None:
         if self._recording is not None:
+            self.recorded_seconds = time.perf_counter() - self._since
             self._recording.close()
             self._recording = None
 
