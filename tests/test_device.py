@@ -11,6 +11,7 @@ from dlrm.device import (
     gradient_scaler,
     memory_faults,
     open_device,
+    profiler_activities,
     synchronize,
     use_available_cores,
 )
@@ -115,3 +116,21 @@ def test_mixed_precision_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None
     scalers = [gradient_scaler(device, "O1") for device in devices]  # type: ignore[arg-type]
     assert scalers == [None, "scales on cuda", "scales on npu"]
     assert [gradient_scaler(device, "O0") for device in devices] == [None] * 3  # type: ignore[arg-type]
+
+
+def test_a_profiler_records_what_a_device_lets_it() -> None:
+    cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+    recorded = [
+        profiler_activities(SimpleNamespace(type=kind))  # type: ignore[arg-type]
+        for kind in ("cpu", "cuda", "npu")
+    ]
+    assert recorded == [[cpu], [cpu, cuda], [cpu]]
+
+
+def test_npu_is_waited_for_through_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+    monkeypatch.setattr(torch, "npu", stand_in, raising=False)
+    device = SimpleNamespace(type="npu", index=0)
+    synchronize(device)  # type: ignore[arg-type]
+    assert stand_in.synchronized == [device]

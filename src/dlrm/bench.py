@@ -8,6 +8,7 @@ are never repeated, since repeated ids would lie in the cache.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -297,7 +298,8 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainResult:
                 trainer.model, device, segment_steps * (config.pairs + 1), segment_steps
             )
             trainer.listeners = (pairs, profiler)
-            trainer.fit()
+            with contextlib.closing(profiler):
+                trainer.fit()
     shares = [step / floor for floor, step in zip(pairs.floors, pairs.steps, strict=True)]
     trained = [loop / floor for floor, loop in zip(pairs.floors, pairs.loops, strict=True)]
     return BenchTrainResult(

@@ -290,11 +290,15 @@ class BenchTrainConfig:
     """Scatter ids over their tables as hashing does, instead of numbering frequent ones first as
     `dlrm prepare` all but does."""
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
-    """See dlrm train; so for the next four."""
+    """How weights move."""
     embedding_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What embedding tables are stored in."""
     amp: Amp = "O0"
+    """Mixed precision; the floor is measured in float32 all the same."""
     device: DeviceKind = "cpu"
+    """Where to compute."""
     local_rank: int = 0
+    """Which card of that kind."""
     pairs: int = 20
     """How often floor and training are measured in turn; the medians are the result."""
     seed: int = 123

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config import ModelConfig, TrainConfig
+from dlrm.config import ModelConfig, OptimizerConfig, TrainConfig
 from dlrm.data.dataset import Dataset
 from dlrm.errors import UserError
 from dlrm.training.profiling import PARTS, RECORDED_STEPS
@@ -58,3 +58,12 @@ def test_what_cannot_be_a_trace_is_refused_before_training(dataset: Path, tmp_pa
         with pytest.raises(UserError, match=message):
             train(dataset, tmp_path / "run", CONFIG, profile=path)
     assert not (tmp_path / "run").exists()
+
+
+def test_training_that_fails_leaves_no_profiler_running(dataset: Path, tmp_path: Path) -> None:
+    diverging = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e30), print_freq=1)
+    with pytest.raises(UserError, match="diverged"):
+        train(dataset, tmp_path / "failed", diverging, profile=tmp_path / "failed.json")
+    assert not (tmp_path / "failed.json").exists()
+    train(dataset, tmp_path / "run", replace(CONFIG, max_steps=3), profile=tmp_path)
+    assert ranges((tmp_path / "trace.json").read_bytes()).count("step") == 3

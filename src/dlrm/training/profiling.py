@@ -87,14 +87,14 @@ class StepProfiler(Events):
         if self._recording is not None:
             self.recorded_steps += 1
             if self.recorded_steps == self._steps:
-                self._end()
+                self.close()
         self._seen += 1
         if self._seen == self._skip:
             self._begin()
 
     def on_stop(self, stop: Stop) -> None:
         """End a recording that training was too short for."""
-        self._end()
+        self.close()
 
     def _begin(self) -> None:
         with ExitStack() as stack:
@@ -106,7 +106,8 @@ class StepProfiler(Events):
             self._recording = stack.pop_all()
         self._since = time.perf_counter()
 
-    def _end(self) -> None:
+    def close(self) -> None:
+        """End the recording, if it goes on."""
         if self._recording is not None:
             self.recorded_seconds = time.perf_counter() - self._since
             self._recording.close()

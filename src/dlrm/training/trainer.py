@@ -86,11 +86,12 @@ def train(
         write_config(run / "config.toml", config, dataset)
         with JsonLines(run / "log.jsonl") as log:
             trainer.listeners = (log, *listeners)
-            if trace is not None:
-                profiler = StepProfiler(trainer.model, device)
-                trainer.listeners = (*trainer.listeners, profiler)
-            trainer.fit()
-            if trace is not None:
+            if trace is None:
+                trainer.fit()
+            else:
+                with contextlib.closing(StepProfiler(trainer.model, device)) as profiler:
+                    trainer.listeners = (*trainer.listeners, profiler)
+                    trainer.fit()
                 profiler.write(trace)
             return trainer.finish(started)
 
