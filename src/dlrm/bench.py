@@ -291,7 +291,7 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainResult:
             local_rank=config.local_rank,
             amp=config.amp,
         )
-        trainer = Trainer(data, Run(data.path, data.schema, train_config, data.path), device)
+        trainer = _Trainer(data, Run(data.path, data.schema, train_config, data.path), device)
         with progress("bench train", config.pairs + 1, unit="pairs") as bar:
             pairs = _Pairs(trainer, config, segment_steps, bar)
             profiler = StepProfiler(
@@ -334,6 +334,15 @@ def bench_schema(config: BenchTrainConfig) -> FeatureSchema:
     if limit:
         sizes = tuple(min(size, limit) for size in sizes)
     return criteo.schema(sizes, "none: made-up rows", value_modulus=0).sealed()
+
+
+class _Trainer(Trainer):
+    """A trainer whose initial weights are drawn quickly."""
+
+    def draw_weights(self) -> None:
+        """Leave the layers as PyTorch draws them, and fill the tables with small values."""
+        with torch.no_grad():
+            self.model.sparse_arch.arena.uniform_(-0.01, 0.01)
 
 
 class _Pairs(Events):

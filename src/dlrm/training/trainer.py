@@ -161,7 +161,7 @@ class Trainer:
         if config.continue_from:
             scaler_state = self._continue_from(Path(config.continue_from)).gradient_scaler
         else:
-            initialize(self.model, self._initial_random_state())
+            self.draw_weights()
         if 0 < config.max_steps <= self.position.total_steps:
             raise UserError(
                 f"{config.continue_from} was saved after {self.position.total_steps} steps, so "
@@ -277,6 +277,10 @@ class Trainer:
         )
         run.write_result(result)
         return result
+
+    def draw_weights(self) -> None:
+        """Draw the initial weights as the reference does."""
+        initialize(self.model, self._initial_random_state())
 
     def _initial_random_state(self) -> np.random.RandomState:
         """Return the generator from which the reference would draw its weights."""
