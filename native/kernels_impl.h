@@ -54,6 +54,10 @@ inline void for_blocks(int64_t begin, int64_t end, const F& f) {
   if constexpr (kRows > 1) for_blocks<kRows - 1>(begin, end, f);
 }
 
+// Terms that are summed one after another before their sum joins the others': rounding errors grow
+// with this number rather than with that of all terms.
+constexpr int64_t kTerms = 64;
+
 template <int kVectors>
 void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels) {
   for_blocks(begin, end, [&]<int kRows>(int64_t row) {
@@ -65,8 +69,16 @@ void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t pan
           tile.sums[r][v] = layer.bias ? broadcast(layer.bias[row + r]) : Vector{};
         }
       }
-      multiply(tile, layer.matrix + row * layer.in, layer.in, layer.x + p * layer.in * kPanel,
-               layer.in);
+      for (int64_t k = 0; k < layer.in; k += kTerms) {
+        Tile<kRows, kVectors> terms{};
+        multiply(terms, layer.matrix + row * layer.in + k, layer.in,
+                 layer.x + (p * layer.in + k) * kPanel, smaller(kTerms, layer.in - k));
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += terms.sums[r][v];
+        }
+      }
       const int64_t place = (p * layer.out + row) * kPanel;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
@@ -323,8 +335,10 @@ void interact_backward(const float* vectors, const float* products, int64_t coun
                        bool itself, float* gradient) {
   for (int64_t i = 0; i < count; ++i) {
     for_blocks(0, dim, [&]<int kRows>(int64_t d) {
-      Tile<kRows> tile{};
-      for (int64_t j = count; j-- > 0;) {  // any order would do, but always the same
+      // Vectors before and after this one, each with a sum of its own: see kTerms.
+      Tile<kRows> tile{}, before{};
+      for (int64_t j = 0; j < count; ++j) {
+        if (i == j) before = tile, tile = Tile<kRows>{};
         if (i == j && !itself) continue;
         const int64_t pair = i < j ? pairs_before(j, itself) + i : pairs_before(i, itself) + j;
         Vector left = load(products + pair * kPanel);
@@ -342,8 +356,9 @@ void interact_backward(const float* vectors, const float* products, int64_t coun
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        store(gradient + (i * dim + d + r) * kPanel, tile.sums[r][0]);
-        store(gradient + (i * dim + d + r) * kPanel + kWidth, tile.sums[r][1]);
+        float* to = gradient + (i * dim + d + r) * kPanel;
+        store(to, before.sums[r][0] + tile.sums[r][0]);
+        store(to + kWidth, before.sums[r][1] + tile.sums[r][1]);
       }
     });
   }

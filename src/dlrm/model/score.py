@@ -21,7 +21,7 @@ from dlrm.model.native import NativeForward, supports
 class Scorer:
     """Click probabilities from a model, through the native kernels where they take it.
 
-    A row's probability does not depend on the other rows of its batch.
+    Through the kernels a row's logit does not depend on the other rows of its batch.
 
     Args:
         model: Its weights are read at every call. Dropout is off, whatever its mode.
