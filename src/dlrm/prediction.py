@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from dlrm.config import DeviceKind, TrainConfig
+from dlrm.config import Amp, DeviceKind, TrainConfig
 from dlrm.data import criteo
 from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
@@ -60,7 +60,7 @@ class Predictor:
         self.config = config
         self.model = model
         self._encoder = encoder
-        self._scorer = Scorer(model, config.loss)
+        self._scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
         """Return the click probability of each row, (n,).
@@ -117,6 +117,7 @@ def load(
     checkpoint: Which = "best",
     device: DeviceKind = "cpu",
     local_rank: int = 0,
+    amp: Amp | None = None,
 ) -> Predictor:
     """Load a trained model that takes raw rows; its DATASET is not needed.
 
@@ -125,6 +126,7 @@ def load(
         checkpoint: "best" on the selection split, or "newest".
         device: Where to compute.
         local_rank: Which card of that kind.
+        amp: Whether matrices are multiplied in lower precision; None: as in training.
 
     Raises:
         UserError: The run is missing or damaged, or its vocabularies are not known.
@@ -138,7 +140,8 @@ def load(
         )
     encoder = Encoder.open(run.path, run.schema)
     model = run.load_model(checkpoint, open_device(device, local_rank))
-    return Predictor(run.schema, run.config, model, encoder)
+    config = run.config if amp is None else replace(run.config, amp=amp)
+    return Predictor(run.schema, config, model, encoder)
 
 
 def predict_file(

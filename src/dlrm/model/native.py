@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dlrm.config import Amp
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
 from dlrm.model.mlp import MLP
@@ -24,8 +25,10 @@ PART_ROWS = 256
 """A multiple of every instruction set's panel."""
 
 
-def supports(model: DLRM) -> tuple[bool, str]:
+def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
     """Return whether the native forward pass takes a model, and why or why not."""
+    if amp != "O0":
+        return False, f"the native kernels compute in float32, and --amp {amp} was asked for"
     if not library().loaded:
         return False, library().reason
     for name, parameter in model.named_parameters():

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dlrm.config import LossConfig
+from dlrm.config import Amp, LossConfig
 from dlrm.data.batch import Batch
+from dlrm.device import autocast
 from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import probabilities
 from dlrm.model.native import NativeForward, supports
@@ -25,12 +26,14 @@ class Scorer:
     Args:
         model: Its weights are read at every call. Dropout is off, whatever its mode.
         loss: Its threshold clamps probabilities.
+        amp: Whether matrices are multiplied in lower precision.
     """
 
-    def __init__(self, model: DLRM, loss: LossConfig) -> None:
+    def __init__(self, model: DLRM, loss: LossConfig, amp: Amp = "O0") -> None:
         self._model = model
         self._loss = loss
-        self._native = NativeForward(model) if supports(model)[0] else None
+        self._amp: Amp = amp
+        self._native = NativeForward(model) if supports(model, amp)[0] else None
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -40,10 +43,12 @@ class Scorer:
         return scored
 
     def _plain_logits(self, batch: Batch) -> Tensor:
+        device = self._model.sparse_arch.arena.device
         training = self._model.training
         self._model.eval()
         try:
-            logits: Tensor = self._model(batch.to(self._model.sparse_arch.arena.device))
+            with autocast(device, self._amp):
+                logits: Tensor = self._model(batch.to(device))
         finally:
             self._model.train(training)
         return logits
@@ -61,9 +66,9 @@ class Scored:
     """Bags that were empty because their value was never seen."""
 
 
-def score(model: DLRM, batches: Iterable[Batch], loss: LossConfig) -> Scored:
+def score(model: DLRM, batches: Iterable[Batch], loss: LossConfig, amp: Amp = "O0") -> Scored:
     """Score labelled batches, without dropout."""
-    scorer = Scorer(model, loss)
+    scorer = Scorer(model, loss, amp)
     labels = [np.zeros(0, np.float32)]
     scores = [np.zeros(0, np.float32)]
     unknown_ids = 0
