@@ -333,7 +333,7 @@ def bench_schema(config: BenchTrainConfig) -> FeatureSchema:
         limit = 0 if config.architecture == "kaggle" else _DEFAULT_LIMIT
     if limit:
         sizes = tuple(min(size, limit) for size in sizes)
-    return criteo.schema(sizes, "none: made-up rows", value_modulus=0).sealed()
+    return criteo.schema(sizes, "none: made-up rows").sealed()
 
 
 class _Trainer(Trainer):
