@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from dlrm import cli
-from dlrm.config import TrainConfig
+from dlrm.config import TrainConfig, read_config, write_config
 from dlrm.errors import UserError
 
 SMALL = (
@@ -100,6 +101,16 @@ def test_config_file_values_lie_between_defaults_and_flags(tmp_path: Path) -> No
     assert (command.options.epochs, command.options.seed) == (3, 8)
     assert command.options.model.dropout == 0.5
     assert command.options.mini_batch_size == TrainConfig().mini_batch_size
+
+
+def test_a_resolved_configuration_has_every_default(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("epochs = 3\n[model]\ndropout = 0.5\n")
+    config, _ = read_config(tmp_path / "c.toml")
+    write_config(tmp_path / "resolved.toml", config, tmp_path / "dataset")
+    resolved = tomllib.loads((tmp_path / "resolved.toml").read_text())
+    assert resolved["seed"] == TrainConfig().seed
+    assert resolved["model"]["embedding_dim"] == TrainConfig().model.embedding_dim
+    assert read_config(tmp_path / "resolved.toml") == (config, tmp_path / "dataset")
 
 
 def test_help_lists_every_command_and_is_quick_to_import() -> None:

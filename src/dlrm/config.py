@@ -408,9 +408,21 @@ def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T
     """
     _refuse_unknown_keys(content, kind, source, prefix="")
     try:
-        return msgspec.convert(content, kind)
+        return complete(msgspec.convert(content, kind))
     except msgspec.ValidationError as error:
         raise UserError(f"{source}: {error}. Correct the value.") from error
+
+
+def complete(config: T) -> T:
+    """Return an equal configuration that has its defaults written when it is encoded.
+
+    Those of a dataclass that msgspec has decoded are only the class's, and are left out.
+    """
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(typing.cast(Any, config)):
+        value = getattr(config, each.name)
+        values[each.name] = complete(value) if dataclasses.is_dataclass(value) else value
+    return type(config)(**values)
 
 
 def _refuse_unknown_keys(

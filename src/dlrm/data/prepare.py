@@ -30,7 +30,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dlrm.config import PrepareConfig
+from dlrm.config import PrepareConfig, complete
 from dlrm.data import criteo
 from dlrm.data.arranging import Arranger, part_counts
 from dlrm.data.dataset import (
@@ -131,6 +131,7 @@ def prepare(
     """
     memory = memory_bytes(memory)
     dataset = Path(dataset)
+    config = complete(config)  # so that equal options give equal bytes
     found = None if str(source) == PIPE else find_source(Path(source), config)
     work = Work(dataset)
     # First without the lock, which a finished DATASET in a read-only place does not need.
