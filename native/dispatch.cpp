@@ -4,8 +4,14 @@
 
 #include <torch/library.h>
 
+#include <ATen/core/Tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
-#include <cstring>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -48,6 +54,19 @@ void use_instruction_set(std::string name) {
   TORCH_CHECK(false, "dlrm: this processor has no ", name);
 }
 
+// Asks for huge pages under a tensor that has not been written to yet: a table's rows are read at
+// random, and with small pages each costs a walk through the page table too.
+void advise_huge_pages(const at::Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t end = begin + tensor.nbytes();
+  // Only advice: where it is refused, small pages it is.
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 int64_t panel_rows() { return kernels().panel; }
 
 }  // namespace
@@ -60,4 +79,9 @@ TORCH_LIBRARY_FRAGMENT(dlrm, library) {
   library.def("instruction_sets() -> str[]", &dlrm::instruction_sets);
   library.def("use_instruction_set(str name) -> ()", &dlrm::use_instruction_set);
   library.def("panel_rows() -> int", &dlrm::panel_rows);
+  library.def("advise_huge_pages(Tensor tensor) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(dlrm, CPU, library) {
+  library.impl("advise_huge_pages", &dlrm::advise_huge_pages);
 }

@@ -39,6 +39,19 @@ struct Bags {
   int64_t features;
 };
 
+// y[p][r] = sum over k of matrix[r][k] x[p][k] (+ bias[r]); then where relu, max(·, 0); where mask,
+// 0 wherever mask[p][r] <= 0.
+struct Linear {
+  const float* matrix;  // (out, in)
+  const float* bias;    // (out), or nullptr
+  const float* mask;    // (panels, out), or nullptr
+  const float* x;       // (panels, in)
+  float* y;             // (panels, out)
+  int64_t in;
+  int64_t out;
+  bool relu;
+};
+
 // One fully connected layer's parameters and what its update needs, for weight_update.
 struct LayerUpdate {
   int64_t in;
@@ -60,11 +73,8 @@ struct Kernels {
   const char* name;
   int64_t panel;  // kPanel
 
-  // y[p][r] = sum over k of matrix[r][k] x[p][k] (+ bias[r]); then where relu, max(·, 0); where
-  // mask, 0 wherever mask[p][r] <= 0. matrix (rows, depth); x (panels, depth); y, mask (panels,
-  // rows).
-  void (*linear)(const float* matrix, const float* bias, const float* mask, bool relu,
-                 const float* x, float* y, int64_t rows, int64_t depth, int64_t panels);
+  // Outputs [begin, end) for so many panels, or for the first half of the rows of each.
+  void (*linear)(const Linear& layer, int64_t begin, int64_t end, int64_t panels, bool half);
 
   // The rows [begin, end) of W (rows, columns) become columns of its transpose.
   void (*transpose)(const float* matrix, float* transposed, int64_t rows, int64_t columns,

@@ -11,30 +11,34 @@ namespace {
 
 using dlrm::Bags;
 using dlrm::LayerUpdate;
+using dlrm::Linear;
 using dlrm::Rule;
 using dlrm::Update;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <int kRows>
+// Sums of kRows outputs for the rows of a panel: of all of them in two vectors, or of the first
+// half in one.
+template <int kRows, int kVectors = 2>
 struct Tile {
-  Vector sums[kRows][2];
+  Vector sums[kRows][kVectors];
 };
 
 // tile[r] += sum over k of a[r * stride + k] * x[k], for vectors x[k] of kPanel lanes.
-template <int kRows>
-__attribute__((always_inline)) inline void multiply(Tile<kRows>& tile, const float* a,
+template <int kRows, int kVectors>
+__attribute__((always_inline)) inline void multiply(Tile<kRows, kVectors>& tile, const float* a,
                                                     int64_t stride, const float* x,
                                                     int64_t depth) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    const Vector left = load(x + k * kPanel);
-    const Vector right = load(x + k * kPanel + kWidth);
+    Vector factors[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) factors[v] = load(x + k * kPanel + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vector factor = broadcast(a[r * stride + k]);
-      tile.sums[r][0] += factor * left;
-      tile.sums[r][1] += factor * right;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += factor * factors[v];
     }
   }
 }
@@ -50,29 +54,49 @@ inline void for_blocks(int64_t begin, int64_t end, const F& f) {
   if constexpr (kRows > 1) for_blocks<kRows - 1>(begin, end, f);
 }
 
-void linear(const float* matrix, const float* bias, const float* mask, bool relu, const float* x,
-            float* y, int64_t rows, int64_t depth, int64_t panels) {
-  for_blocks(0, rows, [&]<int kRows>(int64_t row) {
+// Terms that are summed one after another before their sum joins the others': rounding errors grow
+// with this number rather than with that of all terms.
+constexpr int64_t kTerms = 64;
+
+template <int kVectors>
+void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels) {
+  for_blocks(begin, end, [&]<int kRows>(int64_t row) {
     for (int64_t p = 0; p < panels; ++p) {
-      Tile<kRows> tile;
+      Tile<kRows, kVectors> tile;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        tile.sums[r][0] = tile.sums[r][1] = bias ? broadcast(bias[row + r]) : Vector{};
+        for (int v = 0; v < kVectors; ++v) {
+          tile.sums[r][v] = layer.bias ? broadcast(layer.bias[row + r]) : Vector{};
+        }
       }
-      multiply(tile, matrix + row * depth, depth, x + p * depth * kPanel, depth);
-      const int64_t place = (p * rows + row) * kPanel;
+      for (int64_t k = 0; k < layer.in; k += kTerms) {
+        Tile<kRows, kVectors> terms{};
+        multiply(terms, layer.matrix + row * layer.in + k, layer.in,
+                 layer.x + (p * layer.in + k) * kPanel, smaller(kTerms, layer.in - k));
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += terms.sums[r][v];
+        }
+      }
+      const int64_t place = (p * layer.out + row) * kPanel;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        for (int half = 0; half < 2; ++half) {
-          const int64_t at = place + r * kPanel + half * kWidth;
-          Vector sum = tile.sums[r][half];
-          if (relu) sum = where_positive(sum, sum);
-          if (mask) sum = where_positive(load(mask + at), sum);
-          store(y + at, sum);
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = place + r * kPanel + v * kWidth;
+          Vector sum = tile.sums[r][v];
+          if (layer.relu) sum = where_positive(sum, sum);
+          if (layer.mask) sum = where_positive(load(layer.mask + at), sum);
+          store(layer.y + at, sum);
         }
       }
     }
   });
+}
+
+void linear(const Linear& layer, int64_t begin, int64_t end, int64_t panels, bool half) {
+  if (half) return linear_outputs<1>(layer, begin, end, panels);
+  linear_outputs<2>(layer, begin, end, panels);
 }
 
 void transpose(const float* matrix, float* transposed, int64_t rows, int64_t columns,
@@ -311,8 +335,10 @@ void interact_backward(const float* vectors, const float* products, int64_t coun
                        bool itself, float* gradient) {
   for (int64_t i = 0; i < count; ++i) {
     for_blocks(0, dim, [&]<int kRows>(int64_t d) {
-      Tile<kRows> tile{};
+      // Vectors before and after this one, each with a sum of its own: see kTerms.
+      Tile<kRows> tile{}, before{};
       for (int64_t j = 0; j < count; ++j) {
+        if (i == j) before = tile, tile = Tile<kRows>{};
         if (i == j && !itself) continue;
         const int64_t pair = i < j ? pairs_before(j, itself) + i : pairs_before(i, itself) + j;
         Vector left = load(products + pair * kPanel);
@@ -330,8 +356,9 @@ void interact_backward(const float* vectors, const float* products, int64_t coun
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        store(gradient + (i * dim + d + r) * kPanel, tile.sums[r][0]);
-        store(gradient + (i * dim + d + r) * kPanel + kWidth, tile.sums[r][1]);
+        float* to = gradient + (i * dim + d + r) * kPanel;
+        store(to, before.sums[r][0] + tile.sums[r][0]);
+        store(to + kWidth, before.sums[r][1] + tile.sums[r][1]);
       }
     });
   }

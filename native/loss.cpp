@@ -2,12 +2,17 @@
 
 #include "arguments.h"
 
-#include <ATen/ops/scalar_tensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 namespace dlrm {
 namespace {
+
+constexpr int64_t kRowsAtOnce = 32;
 
 enum class Loss : int64_t { kCrossEntropy = 0, kSquaredError = 1 };
 
@@ -41,15 +46,19 @@ at::Tensor loss_gradient(const at::Tensor& logits, const at::Tensor& labels, int
   const float* logit = read(logits, {panels_of(rows), 1, kernels().panel}, "logits");
   const float* label = read(labels, {rows}, "labels");
   float* to = write(gradient, logits.sizes(), "gradient");
-  double sum = 0;
-  for (int64_t b = 0; b < rows; ++b) {
-    const Point point = at_logit(logit[b], label[b], static_cast<Loss>(kind), threshold);
-    const double weight = scale * (weight_0 + (weight_1 - weight_0) * label[b]);
-    sum += weight * point.loss;
-    to[b] = static_cast<float>(weight * point.gradient);
-  }
+  std::vector<double> losses(rows);
+  at::parallel_for(0, rows, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Point point = at_logit(logit[b], label[b], static_cast<Loss>(kind), threshold);
+      const double weight = scale * (weight_0 + (weight_1 - weight_0) * label[b]);
+      losses[b] = weight * point.loss;
+      to[b] = static_cast<float>(weight * point.gradient);
+    }
+  });
   for (int64_t b = rows; b < padded; ++b) to[b] = 0;  // of rows that are not there
-  return at::scalar_tensor(sum, at::kDouble);
+  at::Tensor sum = at::empty({}, at::kDouble);
+  *sum.mutable_data_ptr<double>() = std::accumulate(losses.begin(), losses.end(), 0.0);
+  return sum;
 }
 
 }  // namespace

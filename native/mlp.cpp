@@ -13,6 +13,8 @@ namespace {
 
 // Panels that a thread takes through all layers at a time: their activations stay in its cache.
 constexpr int64_t kPanelsAtOnce = 8;
+// Outputs of a layer that a thread takes at a time; a multiple of every instruction set's block.
+constexpr int64_t kOutputsAtOnce = 48;
 
 struct Layer {
   const float* weight;  // (out, in)
@@ -68,8 +70,8 @@ void to_panels(const at::Tensor& rows, at::Tensor& panels) {
   }
 }
 
-void mlp_forward(const at::Tensor& x, at::TensorList weights, at::TensorList biases,
-                 bool relu_last, at::TensorList outputs, at::TensorList columns) {
+void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
+                 at::TensorList biases, bool relu_last, at::TensorList outputs, at::TensorList columns) {
   const Kernels& kernel = kernels();
   const std::vector<Layer> layers = layers_of(weights, biases);
   const int64_t panels = x.size(0), width = kernel.panel;
@@ -85,15 +87,28 @@ void mlp_forward(const at::Tensor& x, at::TensorList weights, at::TensorList bia
       column.push_back(write(columns[l], {columns_of(in), panels * width, width}, "columns"));
     }
   }
-  for_panels(panels, [&](int64_t begin, int64_t end) {
-    const float* from = input;
+  const auto linear = [&](size_t l, int64_t panel) {
+    const auto [weight, bias, in, out] = layers[l];
+    const float* from = l == 0 ? input : output[l - 1];
+    return Linear{weight, bias, nullptr, from + panel * in * width, output[l] + panel * out * width,
+                  in,     out,  relu_last || l + 1 < layers.size()};
+  };
+  const bool half = columns.empty() && rows <= width / 2;
+  if (columns.empty() && panels < at::get_num_threads()) {  // few rows: share out the outputs
     for (size_t l = 0; l < layers.size(); ++l) {
-      const auto [weight, bias, in, out] = layers[l];
-      kernel.linear(weight, bias, nullptr, relu_last || l + 1 < layers.size(),
-                    from + begin * in * width, output[l] + begin * out * width, out, in,
-                    end - begin);
-      if (!column.empty()) kernel.to_columns(from, column[l], in, panels, begin, end);
-      from = output[l];
+      at::parallel_for(0, layers[l].out, kOutputsAtOnce, [&](int64_t begin, int64_t end) {
+        kernel.linear(linear(l, 0), begin, end, panels, half);
+      });
+    }
+    return;
+  }
+  for_panels(panels, [&](int64_t begin, int64_t end) {
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const float* from = l == 0 ? input : output[l - 1];
+      kernel.linear(linear(l, begin), 0, layers[l].out, end - begin, half);
+      if (!column.empty()) {
+        kernel.to_columns(from, column[l], layers[l].in, panels, begin, end);
+      }
     }
   });
 }
@@ -145,8 +160,15 @@ void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList 
       const auto [mask, matrix, from, to] = steps[l];
       if (!to) continue;
       const int64_t in = layers[l].in, out = layers[l].out;
-      kernel.linear(matrix, nullptr, mask ? mask + begin * in * width : nullptr, false,
-                    from + begin * out * width, to + begin * in * width, in, out, end - begin);
+      const Linear backward{matrix,
+                            nullptr,
+                            mask ? mask + begin * in * width : nullptr,
+                            from + begin * out * width,
+                            to + begin * in * width,
+                            out,
+                            in,
+                            false};
+      kernel.linear(backward, 0, in, end - begin, false);
     }
   });
 }
@@ -172,7 +194,6 @@ void mlp_update(at::TensorList columns, at::TensorList gradients, at::TensorList
               "dlrm: a batch of several parts needs gradients to carry");
   std::vector<LayerUpdate> layers;
   std::vector<std::pair<size_t, int64_t>> tasks;
-  constexpr int64_t kOutputsAtOnce = 48;  // a multiple of every instruction set's block
   const std::vector<Layer> shapes = layers_of(weights, biases);
   for (size_t l = 0; l < shapes.size(); ++l) {
     const int64_t in = shapes[l].in, out = shapes[l].out;
@@ -205,7 +226,7 @@ void mlp_update(at::TensorList columns, at::TensorList gradients, at::TensorList
 TORCH_LIBRARY_FRAGMENT(dlrm, library) {
   library.def("to_panels(Tensor rows, Tensor(a!) panels) -> ()");
   library.def(
-      "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, bool relu_last, "
+      "mlp_forward(Tensor x, int rows, Tensor[] weights, Tensor[] biases, bool relu_last, "
       "Tensor(a!)[] outputs, Tensor(b!)[] columns) -> ()");
   library.def(
       "mlp_backward(Tensor[] weights, Tensor[] biases, Tensor[] inputs, "

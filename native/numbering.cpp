@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <tuple>
 
 namespace {
 
@@ -30,12 +29,11 @@ uint64_t packed(uint32_t value, int64_t number) {
 
 void check(const at::Tensor& tensor, at::ScalarType type, const char* name) {
   TORCH_CHECK(tensor.is_contiguous() && tensor.dim() == 1 && tensor.scalar_type() == type,
-              "dlrm::number_values: ", name, " must be a contiguous vector of ", type);
+              "dlrm: ", name, " must be a contiguous vector of ", type);
 }
 
-std::tuple<int64_t, int64_t> number_values(const at::Tensor& values, at::Tensor& slots,
-                                           at::Tensor& numbers, at::Tensor& new_values,
-                                           int64_t known, int64_t limit) {
+int64_t number_values(const at::Tensor& values, at::Tensor& slots, at::Tensor& numbers,
+                      at::Tensor& new_values, int64_t known) {
   check(values, at::kUInt32, "values");
   check(slots, at::kLong, "slots");
   check(numbers, at::kInt, "numbers");
@@ -44,17 +42,15 @@ std::tuple<int64_t, int64_t> number_values(const at::Tensor& values, at::Tensor&
   const uint64_t capacity = slots.numel();
   TORCH_CHECK(numbers.numel() >= size && new_values.numel() >= size,
               "dlrm::number_values: numbers and new_values must be as long as values");
-  TORCH_CHECK(known <= limit && static_cast<uint64_t>(limit) < capacity,
-              "dlrm::number_values: the limit must be below the number of slots");
+  TORCH_CHECK(static_cast<uint64_t>(known + size) < capacity,
+              "dlrm::number_values: there must be more slots than values, were all of them new");
   const uint32_t* value = values.const_data_ptr<uint32_t>();
   uint64_t* slot = reinterpret_cast<uint64_t*>(slots.mutable_data_ptr<int64_t>());
   int32_t* number = numbers.mutable_data_ptr<int32_t>();
   uint32_t* added = new_values.mutable_data_ptr<uint32_t>();
 
-  int64_t begin = 0;
-  while (begin < size && known < limit) {
-    // As many as the table has room for, were all of them new.
-    const int64_t end = std::min({size, begin + kGroup, begin + (limit - known)});
+  for (int64_t begin = 0; begin < size; begin += kGroup) {
+    const int64_t end = std::min(size, begin + kGroup);
     std::array<uint64_t, kGroup> first;
     for (int64_t i = begin; i < end; ++i) {
       first[i - begin] = slot_of(value[i], capacity);
@@ -71,9 +67,8 @@ std::tuple<int64_t, int64_t> number_values(const at::Tensor& values, at::Tensor&
       }
       number[i] = static_cast<int32_t>((slot[at] >> 32) - 1);
     }
-    begin = end;
   }
-  return {begin, known};
+  return known;
 }
 
 void count_numbers(const at::Tensor& numbers, at::Tensor& counts) {
@@ -141,7 +136,7 @@ void move_slots(const at::Tensor& from, at::Tensor& to) {
 TORCH_LIBRARY_FRAGMENT(dlrm, library) {
   library.def(
       "number_values(Tensor values, Tensor(a!) slots, Tensor(b!) numbers, Tensor(c!) new_values, "
-      "int known, int limit) -> (int, int)");
+      "int known) -> int");
   library.def("count_numbers(Tensor numbers, Tensor(a!) counts) -> ()");
   library.def("insert_values(Tensor values, Tensor(a!) slots, int first_number) -> ()");
   library.def("move_slots(Tensor old_slots, Tensor(a!) slots) -> ()");

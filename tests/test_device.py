@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from dlrm.device import (
+    autocast,
     available_cores,
+    gradient_scaler,
     memory_faults,
     open_device,
+    profiler_activities,
     synchronize,
     use_available_cores,
 )
@@ -98,3 +101,36 @@ def test_memory_that_runs_out_is_an_environment_fault() -> None:
         torch.empty(2**60)
     with pytest.raises(RuntimeError, match="another"), memory_faults("train"):
         raise RuntimeError("another")
+
+
+def test_mixed_precision_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, torch.dtype | None]] = []
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: asked.append((kind, dtype)))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda kind: f"scales on {kind}")
+    devices = [SimpleNamespace(type=kind) for kind in ("cpu", "cuda", "npu")]
+    for device in devices:
+        autocast(device, "O1")  # type: ignore[arg-type]
+        with autocast(device, "O0"):  # type: ignore[arg-type]
+            pass
+    assert asked == [("cpu", torch.bfloat16), ("cuda", torch.float16), ("npu", torch.float16)]
+    scalers = [gradient_scaler(device, "O1") for device in devices]  # type: ignore[arg-type]
+    assert scalers == [None, "scales on cuda", "scales on npu"]
+    assert [gradient_scaler(device, "O0") for device in devices] == [None] * 3  # type: ignore[arg-type]
+
+
+def test_a_profiler_records_what_a_device_lets_it() -> None:
+    cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+    recorded = [
+        profiler_activities(SimpleNamespace(type=kind))  # type: ignore[arg-type]
+        for kind in ("cpu", "cuda", "npu")
+    ]
+    assert recorded == [[cpu], [cpu, cuda], [cpu]]
+
+
+def test_npu_is_waited_for_through_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+    monkeypatch.setattr(torch, "npu", stand_in, raising=False)
+    device = SimpleNamespace(type="npu", index=0)
+    synchronize(device)  # type: ignore[arg-type]
+    assert stand_in.synchronized == [device]

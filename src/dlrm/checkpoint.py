@@ -46,10 +46,12 @@ class CheckpointInfo:
     """Of the rows and their order, which the position refers to; empty: not known."""
     mini_batch_size: int = 0
     """Rows of a step, which the position counts; 0: not known."""
+    gradient_scaler: dict[str, int | float] | None = None
+    """What ``torch.amp.GradScaler.state_dict`` returns; None: gradients were not scaled."""
     format_version: str = FORMAT_VERSION
 
 
-_DTYPES = {torch.float32: "F32"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
@@ -120,6 +122,13 @@ def load_weights(path: Path, model: DLRM) -> None:
                     f"{path} is a checkpoint of another architecture: {name} is expected to have "
                     f"shape {shape}, got {found.get(name, 'no such tensor')}. Use the model "
                     "options and the DATASET that it was trained with."
+                )
+        for name, tensor in expected.items():
+            stored, dtype = file.get_slice(name).get_dtype(), _DTYPES[tensor.dtype]
+            if stored != dtype:
+                raise UserError(
+                    f"{path} stores {name} as {stored}, expected {dtype}. Use the "
+                    "--embedding-dtype that it was trained with."
                 )
         with torch.no_grad():
             for name, tensor in expected.items():

@@ -21,7 +21,15 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol
 import msgspec
 import tyro
 
-from dlrm.config import DeviceKind, PrepareConfig, SynthesizeConfig, TrainConfig, read_config
+from dlrm.config import (
+    Amp,
+    BenchTrainConfig,
+    DeviceKind,
+    PrepareConfig,
+    SynthesizeConfig,
+    TrainConfig,
+    read_config,
+)
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.schema import SPLITS, Split
 from dlrm.version import __version__
@@ -151,13 +159,16 @@ class Train:
     options: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config: Path | None = None
     """A TOML file with defaults for all that follows, such as another run's config.toml."""
+    profile: Path | None = None
+    """Write a trace of 30 steps, which Perfetto opens: a .json or .json.gz file, or a folder."""
 
     def execute(self) -> None:
         """Train and print the result."""
         from dlrm.training.events import Console
         from dlrm.training.trainer import train
 
-        _print_json(train(self.dataset, self.run, self.options, [Console()]))
+        result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
+        _print_json(result)
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,8 @@ class Evaluate:
     """Where to compute."""
     local_rank: int = 0
     """Which card of that kind."""
+    amp: Amp | None = None
+    """Mixed precision (see dlrm train); None: as in training."""
 
     def execute(self) -> None:
         """Evaluate and print the metrics."""
@@ -216,6 +229,7 @@ class Evaluate:
             dataset=self.dataset,
             device=self.device,
             local_rank=self.local_rank,
+            amp=self.amp,
         )
         _print_json(
             {
@@ -249,15 +263,44 @@ class Predict:
     """Where to compute."""
     local_rank: int = 0
     """Which card of that kind."""
+    amp: Amp | None = None
+    """Mixed precision (see dlrm train); None: as in training."""
 
     def execute(self) -> None:
         """Predict and print a summary."""
         from dlrm.prediction import load, predict_file
 
         predictor = load(
-            self.model, checkpoint=self.checkpoint, device=self.device, local_rank=self.local_rank
+            self.model,
+            checkpoint=self.checkpoint,
+            device=self.device,
+            local_rank=self.local_rank,
+            amp=self.amp,
         )
         _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
+
+
+@dataclass(frozen=True)
+class BenchTrain:
+    """Measure training beside the time that its matrix multiplications alone take, the floor.
+
+    On made-up rows in a folder for temporary files. Floor, steps on rows in memory, and training
+    from disk are measured in turn, on rows that are never repeated.
+    """
+
+    options: Annotated[BenchTrainConfig, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.bench import bench_train
+
+        result = bench_train(self.options)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
 
 
 @dataclass(frozen=True)
@@ -282,6 +325,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
     "predict": (Predict, "predict the click probability of raw rows"),
+    "bench": (BenchTrain, "measure training: `dlrm bench train`"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
 
@@ -344,6 +388,13 @@ def parse(arguments: Sequence[str]) -> Command:
     if verb == "reference":
         return Reference(tuple(rest))
     kind = _VERBS[verb][0]
+    if verb == "bench":
+        stage, *rest = rest or [""]
+        if stage in ("-h", "--help"):
+            rest = ["--help"]
+        elif stage != "train":
+            raise UserError(f"`dlrm bench` measures one stage, train; got {stage!r}.")
+        verb = "bench train"
     command: Command = tyro.cli(
         kind,
         prog=f"dlrm {verb}",

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
+Amp = Literal["O0", "O1"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -155,6 +156,9 @@ class ModelConfig:
     """Include each vector's dot product with itself."""
     dropout: float = 0.0
     """Probability of dropping a hidden activation of the top MLP while training."""
+    embedding_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What embedding tables are stored in. The narrow types halve their memory; an update is
+    computed in float32 and rounded at random, so that small updates count on average."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -290,6 +294,9 @@ class TrainConfig:
     """Where to compute."""
     local_rank: int = 0
     """Which card of that kind."""
+    amp: Amp = "O0"
+    """Mixed precision: O0 computes in float32; O1 multiplies matrices in bfloat16 on a cpu, and in
+    float16 with gradient scaling on cuda and npu. Weights, loss and sigmoid stay float32."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -304,6 +311,49 @@ class TrainConfig:
         for name in ("target_auc", "target_accuracy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
+        require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
+
+
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    """What ``dlrm bench train`` measures."""
+
+    architecture: Literal["kaggle", "kaggle-64", "kaggle-128", "mlperf"] = "kaggle"
+    """Criteo Kaggle's 26 tables with vectors of 16, 64 or 128, or MLPerf's DLRM."""
+    max_table_rows: int = -1
+    """Limit of every table's rows; 0: none; -1: none for kaggle (33.8 million rows, 2.2 GB), and a
+    million for the others."""
+    mini_batch_size: int = 128
+    """Rows a step."""
+    scattered: bool = False
+    """Scatter ids over their tables as hashing does, instead of numbering frequent ones first as
+    `dlrm prepare` all but does."""
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    """How weights move."""
+    embedding_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What embedding tables are stored in."""
+    amp: Amp = "O0"
+    """Mixed precision; the floor is measured in float32 all the same."""
+    device: DeviceKind = "cpu"
+    """Where to compute."""
+    local_rank: int = 0
+    """Which card of that kind."""
+    pairs: int = 20
+    """How often floor and training are measured in turn; the medians are the result."""
+    seed: int = 123
+    """Of the made-up rows and the initial weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("mini_batch_size", "pairs"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        require(
+            self.max_table_rows >= -1,
+            f"--max-table-rows must be at least -1; got {self.max_table_rows}",
+        )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
 

@@ -1,4 +1,4 @@
-"""The one place that knows which devices there are: cpu, cuda (NVIDIA), npu (Ascend).
+"""The one place that knows what devices there are and can do: cpu, cuda (NVIDIA), npu (Ascend).
 
 Not run on CUDA or NPU hardware yet; tested through stand-ins.
 """
@@ -7,15 +7,35 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
-from dlrm.config import DeviceKind
+from dlrm.config import Amp, DeviceKind
 from dlrm.errors import EnvironmentFaultError
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """How a kind of device computes under ``--amp O1``."""
+
+    dtype: torch.dtype
+    """What matrices are multiplied in."""
+    scales_gradients: bool
+    """Whether gradients are scaled up, so that small ones do not vanish."""
+
+
+# bfloat16 has float32's range of exponents, so that nothing vanishes; float16 has not.
+_MIXED_PRECISION: Mapping[str, MixedPrecision] = {
+    "cpu": MixedPrecision(torch.bfloat16, scales_gradients=False),
+    "cuda": MixedPrecision(torch.float16, scales_gradients=True),
+    "npu": MixedPrecision(torch.float16, scales_gradients=True),
+}
 
 
 def open_device(kind: DeviceKind, local_rank: int = 0) -> torch.device:
@@ -59,6 +79,36 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to; needed before reading a clock."""
     if device.type != "cpu":
         _backend("cuda" if device.type == "cuda" else "npu").synchronize(device)
+
+
+def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[object]:
+    """Return a context in which a model's forward pass computes as ``--amp`` asks for."""
+    if amp == "O0":
+        return nullcontext()
+    return torch.autocast(device.type, _MIXED_PRECISION[device.type].dtype)
+
+
+def gradient_scaler(device: torch.device, amp: Amp) -> torch.amp.GradScaler | None:
+    """Return what scales the loss and unscales its gradients, or None where that is not needed."""
+    if amp == "O0" or not _MIXED_PRECISION[device.type].scales_gradients:
+        return None
+    return torch.amp.GradScaler(device.type)
+
+
+def fused_tables_location(device: torch.device) -> Literal["HOST", "DEVICE"] | None:
+    """Return where fbgemm keeps the tables of a device, in its words; None: it is not used there.
+
+    fbgemm runs on a CPU too, where our own operators are faster.
+    """
+    return "DEVICE" if device.type == "cuda" else None
+
+
+def profiler_activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
+    """Return what ``torch.profiler`` can record; of an NPU, the host's side alone."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return activities
 
 
 def use_available_cores() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.config import DeviceKind, TrainConfig
+from dlrm.config import Amp, DeviceKind, TrainConfig
 from dlrm.data.dataset import Dataset
 from dlrm.device import open_device
 from dlrm.errors import UserError
@@ -48,7 +48,7 @@ def evaluate_split(
         data: The DATASET.
         split: Which of its splits.
         schema: The run's, which can differ from the dataset's in its id modulus.
-        config: Batch size, and the loss whose threshold clamps probabilities.
+        config: Batch size, mixed precision, and the loss whose threshold clamps probabilities.
         num_batches: Score the first so many batches; 0: all.
     """
     batches = data.batches(
@@ -57,7 +57,7 @@ def evaluate_split(
     count = math.ceil(data.rows(split) / config.evaluation_batch_size)
     count = min(count, num_batches) if num_batches else count
     shown = progress(f"evaluate {split}", count, batches, unit="batches")
-    scored = score(model, shown, config.loss)
+    scored = score(model, shown, config.loss, config.amp)
     metrics = compute_metrics(scored.labels, scored.probabilities)
     return SplitResult(metrics, scored.probabilities, scored.unknown_ids)
 
@@ -70,6 +70,7 @@ def evaluate(
     dataset: Path | str | None = None,
     device: DeviceKind = "cpu",
     local_rank: int = 0,
+    amp: Amp | None = None,
 ) -> SplitResult:
     """Evaluate a checkpoint of a RUN on any split of its DATASET.
 
@@ -80,6 +81,7 @@ def evaluate(
         dataset: Where its DATASET is now; None: where it was when the run was trained.
         device: Where to compute.
         local_rank: Which card of that kind.
+        amp: Whether matrices are multiplied in lower precision; None: as in training.
 
     Raises:
         UserError: There is no such split, or the run, its checkpoint or the dataset is missing,
@@ -97,4 +99,5 @@ def evaluate(
             "with --dataset, or prepare it again with the same options."
         )
     model = opened.load_model(checkpoint, open_device(device, local_rank))
-    return evaluate_split(model, data, split, opened.schema, opened.config)
+    config = opened.config if amp is None else replace(opened.config, amp=amp)
+    return evaluate_split(model, data, split, opened.schema, config)

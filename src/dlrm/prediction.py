@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from dlrm.config import DeviceKind, TrainConfig
+from dlrm.config import Amp, DeviceKind, TrainConfig
 from dlrm.data import criteo
-from dlrm.data.batch import make_batch
+from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
 from dlrm.data.vocabulary import Encoder
 from dlrm.device import open_device
@@ -22,7 +22,7 @@ from dlrm.errors import UserError
 from dlrm.files import atomic_write
 from dlrm.metrics import Metrics, compute_metrics
 from dlrm.model.dlrm import DLRM
-from dlrm.model.score import score_batch
+from dlrm.model.score import Scorer
 from dlrm.progress import progress
 from dlrm.runs import Run, Which
 from dlrm.schema import FeatureSchema
@@ -60,6 +60,7 @@ class Predictor:
         self.config = config
         self.model = model
         self._encoder = encoder
+        self._scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
         """Return the click probability of each row, (n,).
@@ -74,6 +75,19 @@ class Predictor:
         """
         dense, values = rows_from_table(table, self.schema)
         return self.predict_rows(dense, values)[0]
+
+    def score(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Return the click probabilities, (B,), of rows that are prepared already.
+
+        Args:
+            batch: Dense features after the transform (``log(x + 1)``) and ids, each below its
+                feature's ``num_embeddings``; of a DATASET's rows, ``Dataset.batches`` makes such.
+
+        Raises:
+            UserError: A shape or type does not fit the model, or an id is out of its range.
+        """
+        check_batch(batch, self.schema)
+        return self._scorer(batch)
 
     def predict_rows(
         self, dense: npt.NDArray[np.int32], values: npt.NDArray[np.uint32]
@@ -93,7 +107,7 @@ class Predictor:
         for start in range(0, len(dense), step):
             rows = slice(start, start + step)
             batch = make_batch(self.schema, dense[rows], ids[rows], None)
-            parts.append(score_batch(self.model, batch, self.config.loss))
+            parts.append(self._scorer(batch))
         return np.concatenate(parts), unknown
 
 
@@ -103,6 +117,7 @@ def load(
     checkpoint: Which = "best",
     device: DeviceKind = "cpu",
     local_rank: int = 0,
+    amp: Amp | None = None,
 ) -> Predictor:
     """Load a trained model that takes raw rows; its DATASET is not needed.
 
@@ -111,6 +126,7 @@ def load(
         checkpoint: "best" on the selection split, or "newest".
         device: Where to compute.
         local_rank: Which card of that kind.
+        amp: Whether matrices are multiplied in lower precision; None: as in training.
 
     Raises:
         UserError: The run is missing or damaged, or its vocabularies are not known.
@@ -124,7 +140,8 @@ def load(
         )
     encoder = Encoder.open(run.path, run.schema)
     model = run.load_model(checkpoint, open_device(device, local_rank))
-    return Predictor(run.schema, run.config, model, encoder)
+    config = run.config if amp is None else replace(run.config, amp=amp)
+    return Predictor(run.schema, config, model, encoder)
 
 
 def predict_file(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from dlrm.checkpoint import load_weights
-from dlrm.config import TrainConfig, read_config
+from dlrm.config import Amp, TrainConfig, read_config
 from dlrm.device import available_cores
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, atomic_write, environment_faults, read_json, write_json
@@ -56,10 +56,12 @@ class RunResult:
     """By split: ids never seen when vocabularies were fitted, taken as empty bags."""
     kernels: Literal["native", "plain"]
     kernels_reason: str
-    amp_type: Literal["O0"]
+    amp_type: Amp
     device: str
     versions: dict[str, str]
     hardware: dict[str, str | int]
+    skipped_steps: int = 0
+    """Steps that moved nothing: under mixed precision a gradient was not finite."""
     format_version: str = FORMAT_VERSION
 
 

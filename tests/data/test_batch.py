@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.data.batch import make_batch
+from dlrm.data.batch import Batch, check_batch, make_batch
+from dlrm.errors import UserError
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 
 SCHEMA = FeatureSchema(
@@ -83,7 +84,8 @@ def test_a_loader_that_makes_batches_starts_no_threads() -> None:
     script = """
 import os, threading
 import numpy as np, torch
-from dlrm.data.batch import make_batch
+from dlrm.data.batch import Batch, check_batch, make_batch
+from dlrm.errors import UserError
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 
 torch.set_num_threads(2)
@@ -110,3 +112,36 @@ print(*counts)
     command = [sys.executable, "-c", script]
     counts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert counts[0] == counts[1]
+
+
+def refused(batch: Batch, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_batch(batch, CHECKED)
+
+
+CHECKED = FeatureSchema(
+    label="label",
+    dense=(DenseFeature("int_0"),),
+    sparse=(SparseFeature("cat_0", 3), SparseFeature("cat_1", 5)),
+    source_format="test",
+    split_rule="none",
+)
+
+
+def test_a_batch_from_elsewhere_is_checked() -> None:
+    dense, ids = torch.zeros(2, 1), torch.tensor([[2, 4], [0, 0]])
+    check_batch(Batch(dense, ids, None), CHECKED)
+    refused(Batch(dense.double(), ids, None), "dense_features must be a contiguous torch.float32")
+    refused(Batch(dense, ids[:, :1], None), r"sparse_features .* of shape \(2, 2\); got .*\(2, 1\)")
+    refused(Batch(dense, ids + torch.tensor([1, 0]), None), r"an id of cat_0 is 3; expected 0 … 2")
+    refused(Batch(dense, ids - torch.tensor([0, 1]), None), r"an id of cat_1 is -1; expected 0 … 4")
+
+
+def test_bags_from_elsewhere_are_checked() -> None:
+    dense, ids = torch.zeros(2, 1), torch.tensor([2, 4, 4, 0])
+    offsets = torch.tensor([0, 1, 3, 3, 4])  # [2], [4, 4]; [], [0]
+    check_batch(Batch(dense, ids, None, offsets), CHECKED)
+    refused(Batch(dense, ids + 1, None, offsets), "an id of cat_0 is 3")
+    refused(Batch(dense, ids, None, offsets[1:]), r"offsets must be .* \(5,\)")
+    refused(Batch(dense, ids, None, torch.tensor([0, 3, 1, 3, 4])), "offsets must rise from 0")
+    refused(Batch(dense, ids, None, torch.tensor([0, 1, 3, 3, 5])), "offsets must rise from 0")

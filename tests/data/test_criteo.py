@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import re
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from dlrm.data import criteo, row_parser
 from dlrm.data.criteo import Position, RawBlock, RejectedLine, read_blocks
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.ops.library import Library, library
 
 INTEGERS = st.one_of(
@@ -635,6 +636,18 @@ def test_a_bad_row_is_named_rather_than_what_is_wrong_behind_it(scratch: Path) -
         assert blocks[-1].end.row > 1950
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_failing_disk_is_named(scratch: Path, packed: bool) -> None:
+    content = (ROW + b"\n") * 2000
+    scratch.write_bytes(gzip.compress(content) if packed else content)
+
+    def fail(chunk: bytes) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(EnvironmentFaultError, match=f"cannot read {scratch}: Input/output error"):
+        list(read_blocks(scratch, block_bytes=5000, observe=fail))
+
+
 def test_a_pipe_is_read(tmp_path: Path, made_up_lines: Any) -> None:
     content = made_up_lines(100)
     pipe = tmp_path / "pipe"
@@ -665,7 +678,11 @@ REASONS = {
 
 
 @pytest.mark.parametrize("labelled", [True, None])
-def test_skipped_lines_are_counted_by_reason(scratch: Path, labelled: bool | None) -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 1 << 23])
+def test_skipped_lines_are_counted_by_reason(
+    scratch: Path, labelled: bool | None, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_parser, "PIECE_BYTES", piece_bytes)
     lines = [b"", b"label\tand\tmore", ROW]
     for count, line in enumerate(REASONS.values(), start=1):
         lines += [line] * count + [ROW]
@@ -737,7 +754,10 @@ def fuzzed_line(generator: np.random.Generator, line: bytes) -> bytes:
     "count",
     [pytest.param(3000, id="few"), pytest.param(100_000, id="many", marks=pytest.mark.long)],
 )
-def test_fuzzed_lines(scratch: Path, made_up_lines: Any, count: int) -> None:
+def test_fuzzed_lines(
+    scratch: Path, made_up_lines: Any, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_parser, "PIECE_BYTES", 9000)
     generator = np.random.default_rng(count)
     good = made_up_lines(500).splitlines()
     lines = []
@@ -751,7 +771,15 @@ def test_fuzzed_lines(scratch: Path, made_up_lines: Any, count: int) -> None:
     assert sum(sum(block.rejected.values()) for block in blocks) == rows.count(None)
     assert 0.2 * count < rows.count(None) < 0.7 * count
     bad = {number for number, row in enumerate(rows, start=1) if row is None}
-    assert {example.line for block in blocks for example in block.examples} <= bad
+    for block in blocks:
+        # The first of each reason are described.
+        assert Counter(example.reason for example in block.examples) == {
+            reason: min(number, row_parser.EXAMPLES) for reason, number in block.rejected.items()
+        }
+        numbers = [example.line for example in block.examples]
+        assert numbers == sorted(bad & set(numbers))
+        if sum(block.rejected.values()) == len(numbers):
+            assert set(numbers) == {n for n in bad if block.start.line < n <= block.end.line}
     with pytest.raises(UserError, match=f"line {min(bad)}, column"):
         parsed(scratch, labelled=True)
 

@@ -284,7 +284,7 @@ def test_the_plan_comes_first(
         prepare(source, tmp_path / "dataset", memory="1.5GiB")
     assert caplog.messages[0] == (
         f"plan: train.txt, {size / 1000:.1f} kB, about 100 rows; a DATASET of about 15.7 kB, with "
-        "32.2 kB of disk while it is made (1000.0 GB are free); at most 1.6 GB of memory; about 1 s"
+        "32.2 kB of disk while it is made (1000.0 GB are free); at most 1.5 GiB of memory; about 1 s"
     )
     # Then what each stage took.
     stages = [re.fullmatch(r"(\w+) +[0-9]+\.[0-9] s", message) for message in caplog.messages[1:]]

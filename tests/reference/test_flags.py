@@ -25,7 +25,7 @@ rand-data-mu rand-data-sigma raw-data-file round-targets save-model save-onnx sy
 tensor-board-filename test-freq test-mini-batch-size test-num-workers use-gpu weighted-pooling
 """.split()
 PORT = ["step", "use-npu", "world_size"]
-OURS = ["run"]
+OURS = ["amp", "run"]
 REFUSED = [flag for flag in FLAGS.values() if flag.refused]
 DATASET = "--data-generation=dataset"
 

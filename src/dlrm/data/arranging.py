@@ -1,8 +1,8 @@
 """From a spool to the parts of a DATASET: numbers become ids, and rows go where they belong.
 
-Shuffling takes two passes over the rows, both sequential. First each run of segments is sorted by
-the part that its rows go to, a record batch a part; then each part gathers its batches of all runs
-and sorts them. Rows in the source's order need but one pass.
+Shuffling takes two passes over the rows. The first reads and writes in sequence: each run of
+segments is sorted by the part that its rows go to, a record batch a part. In the second each part
+gathers its batches from all runs and sorts them. Rows in the source's order need but one pass.
 """
 
 from __future__ import annotations
@@ -116,10 +116,15 @@ class Arranger:
                 batch = record_batch(rows[chosen], columns)
                 writer.write_batch(batch.append_column(_KEY, pa.array(keys[chosen])))
 
-    def part_of_runs(self, runs: Sequence[Path], part: int) -> Iterator[Rows]:
-        """Return the rows of a part out of all runs, in the stored order."""
-        counts = [_open_run(path, lambda run: _count(run, part)) for path in runs]
-        keys = np.empty(sum(counts), np.uint64)
+    def part_of_runs(self, runs: Sequence[Path], part: int, count: int) -> Iterator[Rows]:
+        """Return the rows of a part out of all runs, in the stored order.
+
+        Args:
+            runs: What ``write_run`` wrote.
+            part: Which part.
+            count: How many rows it has, of ``part_counts``.
+        """
+        keys = np.empty(count, np.uint64)
 
         def read() -> Iterator[Rows]:
             start = 0
@@ -129,11 +134,20 @@ class Arranger:
                 start += len(batch)
                 yield rows_of(batch)
 
-        rows = Rows.collect(len(keys), read(), self._schema)
+        rows = Rows.collect(count, read(), self._schema)
         order = np.argsort(keys)
         step = block_rows(self._schema)
         for start in range(0, len(order), step):
             yield rows[order[start : start + step]]
+
+
+def part_counts(runs: Sequence[Path]) -> list[int]:
+    """Return how many rows each part has in all runs together."""
+    counts = [
+        _open_run(path, lambda run: msgspec.json.decode(run.schema.metadata[_COUNTS]))
+        for path in runs
+    ]
+    return [sum(each) for each in zip(*counts, strict=True)]
 
 
 def _open_run(path: Path, read: Callable[[Any], T]) -> T:
@@ -142,12 +156,9 @@ def _open_run(path: Path, read: Callable[[Any], T]) -> T:
         with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
             return read(pa.ipc.open_file(file))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}. Start over with --overwrite.") from error
-
-
-def _count(run: Any, part: int) -> int:
-    counts: list[int] = msgspec.json.decode(run.schema.metadata[_COUNTS])
-    return counts[part]
+        raise UserError(
+            f"{path} is damaged: {error}. Delete the folder {path.parent} to start over."
+        ) from error
 
 
 def _short(count: int) -> type[np.unsignedinteger]:

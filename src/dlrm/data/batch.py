@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dlrm.errors import UserError
 from dlrm.schema import FeatureSchema
 
 
@@ -60,6 +61,44 @@ class Batch:
             self.sparse_features.to(device),
             None if self.labels is None else self.labels.to(device),
             None if self.offsets is None else self.offsets.to(device),
+        )
+
+
+def check_batch(batch: Batch, schema: FeatureSchema) -> None:
+    """Refuse a batch that no reader of ours made and that does not fit.
+
+    Raises:
+        UserError: A shape or type does not fit the schema, or an id is out of its feature's range.
+    """
+    rows, features = len(batch), len(schema.sparse)
+    ids, offsets = batch.sparse_features, batch.offsets
+    expected: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
+        "dense_features": (batch.dense_features, torch.float32, (rows, len(schema.dense))),
+        "sparse_features": (ids, torch.int64, (rows, features)),
+    }
+    if offsets is not None:
+        expected["sparse_features"] = (ids, torch.int64, (ids.numel(),))
+        expected["offsets"] = (offsets, torch.int64, (rows * features + 1,))
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise UserError(
+                f"{name} must be a contiguous {dtype} tensor of shape {shape}; got {tensor.dtype} "
+                f"of shape {tuple(tensor.shape)}."
+            )
+    table = np.arange(features)
+    values = ids.numpy()
+    if offsets is not None:
+        lengths = np.diff(offsets.numpy())
+        if lengths.min(initial=0) < 0 or offsets[0] != 0 or offsets[-1] != len(values):
+            raise UserError("offsets must rise from 0 to the number of ids.")
+        table = np.repeat(np.tile(table, rows), lengths)
+    limits = np.array(schema.num_embeddings)[table]
+    wrong = (values < 0) | (values >= limits)
+    if wrong.any():
+        feature = schema.sparse[int(np.broadcast_to(table, values.shape)[wrong][0])]
+        raise UserError(
+            f"an id of {feature.name} is {values[wrong][0]}; expected 0 … "
+            f"{feature.num_embeddings - 1}."
         )
 
 

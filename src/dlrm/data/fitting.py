@@ -33,6 +33,8 @@ UInt32Array = npt.NDArray[np.uint32]
 
 _ENTRY_BYTES = 96
 """Memory that joining takes for each value of a range, about."""
+_VALUE_BYTES = 28
+"""Memory that a value takes where its generation lies in memory."""
 _LEAST_BYTES = 48 << 20
 """Memory for a range, however little is left."""
 _BINS = 1 << 16
@@ -82,7 +84,7 @@ def fit_feature(
     if record.exists():
         return read_json(record, FittedFeature, "preparation")
     rows = train_rows if config.vocabulary == "train" else spool.rows
-    generations = _generations(spool, feature, work, rows)
+    generations = _generations(spool, feature, work, rows, memory)
     has_other = config.vocabulary == "train" or config.min_frequency > 1
     held = sum(generation.nbytes for generation in generations)
     ranges = _ranges(generations, max(memory - held, _LEAST_BYTES) // _ENTRY_BYTES)
@@ -157,10 +159,19 @@ def fit_prepared(
     generation.count(spool, feature, spool.segments, spool.rows)
     generation.ids[:] = np.arange(size)
     ranges = _ranges([generation], max(memory, _LEAST_BYTES) // _ENTRY_BYTES)
-    distinct = (_distinct([generation], low, high) for low, high in ranges)
-    checksum = write_vocabulary(
-        vocabulary, (Vocabulary(each.values, each.numbers, each.counts) for each in distinct)
-    )
+
+    def parts() -> Iterator[Vocabulary]:
+        for low, high in ranges:
+            distinct = _distinct([generation], low, high)
+            if len(repeated := distinct.repeated[1]):
+                raise UserError(
+                    f"{rows.files[0]}: the dictionary of sparse feature {feature} has the value "
+                    f"{int(generation.values[repeated[0]])} more than once. Prepare from raw rows "
+                    "instead."
+                )
+            yield Vocabulary(distinct.values, distinct.numbers, distinct.counts)
+
+    checksum = write_vocabulary(vocabulary, parts())
     generation.discard()
     fitted = FittedFeature(size, checksum, -1, mapped=False)
     write_json(record, fitted)
@@ -199,8 +210,6 @@ class _Generation:
         self.ids: Int32Array = self._array(size, np.dtype(np.int32), scratch)
         """(n,), to be filled; -1: none."""
         self.ids[:] = _UNMARKED
-        self.counting = 0
-        """Numbers below this appear in the rows that count."""
         known = 0
         for some in values:
             self.values[known : known + len(some)] = some
@@ -221,7 +230,6 @@ class _Generation:
             if inside > 0:
                 numbers = spool.sparse(segment.number, feature)[:inside].astype(np.int32)
                 count_numbers(numbers, self.counts)
-                self.counting = max(self.counting, int(numbers.max()) + 1)
 
     def _array(self, size: int, kind: np.dtype[Any], scratch: Path | None) -> npt.NDArray[Any]:
         if scratch is None or size == 0:
@@ -245,7 +253,9 @@ class _Generation:
             path.unlink()
 
 
-def _generations(spool: Spool, feature: int, work: Path, rows: int) -> list[_Generation]:
+def _generations(
+    spool: Spool, feature: int, work: Path, rows: int, memory: int
+) -> list[_Generation]:
     grouped: list[list[Segment]] = []
     for segment in spool.segments:
         if not grouped or segment.generations[feature] != grouped[-1][-1].generations[feature]:
@@ -253,8 +263,9 @@ def _generations(spool: Spool, feature: int, work: Path, rows: int) -> list[_Gen
         grouped[-1].append(segment)
     generations = []
     for number, segments in enumerate(grouped):
-        scratch = work / f"generation-{feature:03}-{number:05}" if len(grouped) > 1 else None
         size = sum(segment.new_values[feature] for segment in segments)
+        fits = len(grouped) == 1 and size * _VALUE_BYTES <= memory
+        scratch = None if fits else work / f"generation-{feature:03}-{number:05}"
         values = (spool.new_values(segment.number, feature) for segment in segments)
         generation = _Generation(size, values, scratch)
         generation.count(spool, feature, segments, rows)
@@ -333,7 +344,7 @@ def _mark(generations: Sequence[_Generation], distinct: _Distinct, min_frequency
     frequent = distinct.counts >= min_frequency
     for number, generation in enumerate(generations):
         numbers = distinct.numbers[frequent & (distinct.generations == number)]
-        generation.ids[numbers[numbers < generation.counting]] = _MARKED
+        generation.ids[numbers] = _MARKED
 
 
 def _ids_of(generations: Sequence[_Generation], distinct: _Distinct) -> Int32Array:

@@ -97,21 +97,10 @@ class NativeNumbering:
         source = torch.from_numpy(values)
         numbers = torch.empty(len(values), dtype=torch.int32)
         new_values = torch.empty(len(values), dtype=torch.uint32)
-        done, first = 0, self._known
-        while True:
-            # Returns early when the table is full.
-            count, self._known = torch.ops.dlrm.number_values(
-                source[done:],
-                self._slots,
-                numbers[done:],
-                new_values[self._known - first :],
-                self._known,
-                self._limit,
-            )
-            done += count
-            if done == len(values):
-                return numbers.numpy(), new_values[: self._known - first].numpy().copy()
-            self.grow(1)
+        first = self._known
+        self.grow(len(values))
+        self._known = torch.ops.dlrm.number_values(source, self._slots, numbers, new_values, first)
+        return numbers.numpy(), new_values[: self._known - first].numpy().copy()
 
     def restore(self, values: UInt32Array) -> None:
         """Take over values; see ``Numbering``."""
@@ -195,32 +184,27 @@ class FeatureNumberings:
         self.features: list[Numbering] = [make_numbering() for _ in range(features)]
         self.generations = [0] * features
         """How often each feature has started anew."""
-        self._new = [0] * features
 
-    def begin_segment(self) -> None:
-        """Make room for about as many new values as the last segment had.
+    def begin_segment(self, rows: int) -> None:
+        """Make room for as many new values as a segment of so many rows can have.
 
         Features start new generations, the largest first, where the budget does not suffice. Only
         here: within a segment all rows are numbered by one generation.
         """
-        for feature, numbering in enumerate(self.features):
-            more = self._new[feature] + self._new[feature] // 4
-            while self._taken() + numbering.growth(more) > self._budget:
+        for feature in range(len(self.features)):
+            while self._taken() + self.features[feature].growth(rows) > self._budget:
                 largest = max(
                     range(len(self.features)), key=lambda each: self.features[each].nbytes
                 )
                 if not len(self.features[largest]):
-                    break  # a budget too small for anything: grow all the same
+                    break  # a budget too small for a segment: grow all the same
                 self.features[largest] = make_numbering()
                 self.generations[largest] += 1
-                numbering = self.features[feature]
-            numbering.grow(more)
+            self.features[feature].grow(rows)
 
     def number(self, feature: int, values: UInt32Array) -> tuple[Int32Array, UInt32Array]:
         """Number the next values of a feature; see ``Numbering.number``."""
-        numbers, new_values = self.features[feature].number(values)
-        self._new[feature] = len(new_values)
-        return numbers, new_values
+        return self.features[feature].number(values)
 
     def restore(self, feature: int, generation: int, values: Sequence[UInt32Array]) -> None:
         """Go on from where an earlier process stopped.
@@ -232,7 +216,6 @@ class FeatureNumberings:
         """
         self.generations[feature] = generation
         self.features[feature].restore(np.concatenate(values))
-        self._new[feature] = len(values[-1])
 
     def _taken(self) -> int:
         return sum(numbering.nbytes for numbering in self.features)

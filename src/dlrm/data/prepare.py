@@ -32,7 +32,7 @@ import numpy as np
 
 from dlrm.config import PrepareConfig, complete
 from dlrm.data import criteo
-from dlrm.data.arranging import Arranger
+from dlrm.data.arranging import Arranger, part_counts
 from dlrm.data.dataset import (
     Dataset,
     Manifest,
@@ -149,7 +149,12 @@ def prepare(
         if found is None:
             found = _piped(dataset, work, config, overwrite=overwrite)
         preparation = _Preparation(found, dataset, work, config, memory, overwrite)
-        preparation.check()
+        try:
+            preparation.check()
+        except UserError:
+            if not work.is_begun:  # what came through a pipe is of no use then
+                work.remove()
+            raise
         with preparation.kept_if_worth_it():
             preparation.run()
     return Dataset.open(dataset)
@@ -226,7 +231,11 @@ def _published(
     is_same = not _differences_of_work(work, source, config)
     remove_replaced(dataset)
     work.remove()
-    return Dataset.open(dataset) if is_same and dataset.exists() else None
+    if not is_same or not (dataset / "manifest.json").exists():
+        return None
+    found = Dataset.open(dataset)
+    options = found.manifest.options or PrepareConfig()
+    return None if _differences(found.manifest.sources, options, source, config) else found
 
 
 def _differences_of_work(
@@ -298,7 +307,9 @@ class _Preparation:
         self.dataset = dataset
         self.work = work
         self.config = config
+        self.ceiling = memory
         self.memory = memory - _RESERVED_BYTES
+        """Of the ceiling, what tables, runs and parts may take."""
         self.overwrite = overwrite
         self.workers = max(1, min(available_cores(), self.memory // _WORKER_BYTES))
 
@@ -381,7 +392,7 @@ class _Preparation:
             size_text(rows * _stored_row_bytes()),
             size_text(max(needed, 0)),
             size_text(free),
-            size_text(self.memory + _RESERVED_BYTES),
+            f"{self.ceiling / 2**30:.1f} GiB",
             f"; about {_duration(rows / _ROWS_PER_SECOND / available_cores())}" if rows else "",
         )
         if free < needed:
@@ -403,9 +414,9 @@ class _Preparation:
         schema = self._schema(fitted)
         arranger = Arranger(spool, schema, fitted, self.work.folder)
         with _stage("arrange"):
-            runs, parts = self._arrange(spool, split, schema, arranger)
+            runs = self._arrange(spool, split, schema, arranger)
         with _stage("write"):
-            splits = self._write(split, schema, arranger, runs, parts)
+            splits = self._write(split, schema, arranger, runs)
         manifest = Manifest(
             splits=splits,
             schema_fingerprint=schema.fingerprint,
@@ -419,8 +430,11 @@ class _Preparation:
             rejected=_sum_counts([segment.rejected for segment in spool.segments]),
             rejected_examples=tuple(row for each in spool.segments for row in each.examples),
         )
+        for each, rows in split.ranges.items():
+            assert splits[each].rows == len(rows)  # what comes out is what went in
+        assert sum(each.clicks for each in splits.values()) == sum(days.clicks)
         with _stage("verify"):
-            verify(Dataset(self.work.dataset, schema, manifest))
+            verify(Dataset(self.work.dataset, schema, manifest), workers=self.workers)
         publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
         self.work.remove()
 
@@ -541,10 +555,10 @@ class _Preparation:
 
     def _arrange(
         self, spool: Spool, split: SplitRows, schema: FeatureSchema, arranger: Arranger
-    ) -> tuple[list[Path], int]:
-        """Write runs of training rows; return them and the number of parts they are sorted by."""
+    ) -> list[Path]:
+        """Write runs of training rows, sorted by part; none where rows keep their order."""
         if self.config.shuffle == "none":
-            return [], 0
+            return []
         train = split.ranges["train"]
         self._require_permutable(len(train))
         order = StoredOrder(
@@ -564,8 +578,7 @@ class _Preparation:
                     spool.remove_rows(segment.number)
             return path
 
-        runs = self._each("arrange", range(len(grouped)), arrange, "runs")
-        return runs, order.parts
+        return self._each("arrange", range(len(grouped)), arrange, "runs")
 
     def _write(
         self,
@@ -573,15 +586,14 @@ class _Preparation:
         schema: FeatureSchema,
         arranger: Arranger,
         runs: Sequence[Path],
-        parts: int,
     ) -> dict[Split, StoredSplit]:
         """Write the parts of all splits."""
         step = part_rows(schema)
         jobs: list[tuple[Split, int, Callable[[], Iterator[Rows]]]] = []
         for each, rows in split.ranges.items():
             if each == "train" and runs:
-                for number in range(parts):
-                    jobs.append((each, number, partial(arranger.part_of_runs, runs, number)))
+                for number, count in enumerate(part_counts(runs)):
+                    jobs.append((each, number, partial(arranger.part_of_runs, runs, number, count)))
             else:
                 for number, start in enumerate(range(rows.start, rows.stop, step)):
                     some = range(start, min(start + step, rows.stop))
@@ -606,9 +618,11 @@ class _Preparation:
 
     def _sources(self, spool: Spool) -> tuple[Source, ...]:
         if isinstance(self.source, PreparedSource):
+            checksums = [sha256(file.path) for file in self.source.files]
+            require_unchanged(self.source.files)
             return tuple(
-                dataclasses.replace(_as_source(file), sha256=sha256(file.path))
-                for file in self.source.files
+                dataclasses.replace(_as_source(file), sha256=checksum)
+                for file, checksum in zip(self.source.files, checksums, strict=True)
             )
         ends = {segment.file: segment for segment in spool.segments if segment.source_sha256}
         return tuple(

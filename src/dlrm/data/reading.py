@@ -94,7 +94,6 @@ def _append_prepared(spool: Spool, blocks: Sequence[Block]) -> None:
         lines=0,
         first_row=spool.rows,
         rows=len(labels),
-        clicks=int(labels.sum(dtype=np.int64)),
         first_candidate=spool.rows,
         candidates=len(labels),
     )
@@ -196,7 +195,6 @@ class _RawReader:
             lines=end.line,
             first_row=0 if last is None else last.end_row,
             rows=len(labels),
-            clicks=int(labels.sum(dtype=np.int64)),
             first_candidate=0 if last is None else last.first_candidate + last.candidates,
             candidates=candidates,
             generations=tuple(self._numberings.generations),
@@ -238,7 +236,7 @@ class _RawReader:
         self, blocks: Sequence[criteo.RawBlock], kept: npt.NDArray[np.int64] | None
     ) -> tuple[list[npt.NDArray[np.integer]], list[_Values]]:
         """Return each sparse column, and the values that are new in it."""
-        self._numberings.begin_segment()
+        self._numberings.begin_segment(sum(map(len, blocks)))
 
         def number(feature: int) -> tuple[npt.NDArray[np.integer], _Values]:
             values = np.concatenate([_NO_VALUES, *(block.sparse[:, feature] for block in blocks)])
@@ -270,7 +268,11 @@ class _RawReader:
         name = self._source.files[file].name
         lines = [line for block in blocks for line in block.examples][: _EXAMPLES - self._examples]
         self._examples += len(lines)
-        return tuple(RejectedRow(name, line.line, line.reason, line.message) for line in lines)
+        path = str(self._source.files[file].path)  # which is no part of the DATASET
+        return tuple(
+            RejectedRow(name, line.line, line.reason, line.message.replace(path, name))
+            for line in lines
+        )
 
 
 _NO_DENSE = np.zeros((0, len(criteo.DENSE_NAMES)), np.int32)

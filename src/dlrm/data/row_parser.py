@@ -2,8 +2,9 @@
 
 A row is a line of tab-separated fields: a label (0 or 1; absent where rows have none), integers,
 and ids of 8 hexadecimal digits. An integer or id may be empty, which means missing. ``parse_line``
-defines it. The native parser (native/criteo.cpp), and the plain one with NumPy, find the same rows
-many times faster; what they do not take for one is given to ``parse_line``, which names its fault.
+defines it. The native parser (native/criteo.cpp) takes blocks that consist of rows, and the plain
+one, with NumPy, all others; what it does not take for a row goes to ``parse_line``, which names its
+fault.
 
 The plain parser takes a field as the 8 bytes before its separator, as one number, of which those of
 other fields are masked out.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,8 +46,8 @@ UInt64Array = npt.NDArray[np.uint64]
 _TAB = b"\t"
 _INTEGER = re.compile(rb"-?[0-9]+")
 _ID = re.compile(rb"[0-9a-fA-F]{8}")
-_STEP_ROWS = 4096
-"""Rows that the plain parser takes at once."""
+PIECE_BYTES = 1 << 20
+"""Bytes that the plain parser takes at once: what it makes of them takes some 15 times as many."""
 # Words of 8 characters, or of 8 numbers of 8 bits.
 _ALL_1 = np.uint64(0x0101010101010101)
 _ALL_15, _ALL_118, _ALL_128 = 15 * _ALL_1, 118 * _ALL_1, 128 * _ALL_1
@@ -122,127 +124,162 @@ def parse_block(buffer: bytearray, layout: Layout, *, first_only: bool) -> Parse
     """
     if b"\r" in buffer:
         buffer = buffer.replace(b"\r\n", b"\n")
-    parse = _parse_natively if library().loaded else _parse_plainly
-    return parse(buffer, layout, first_only)
+    parsed = _parse_natively(buffer, layout) if library().loaded else None
+    return parsed or _parse_plainly(buffer, layout, first_only)
 
 
-class _Rejects:
-    """Counts bad lines and keeps the first."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[Reason] = Counter()
-        self.examples: list[BadLine] = []
-
-    def add(self, index: int, line: bytes, error: BadFieldError) -> None:
-        self.counts[error.reason] += 1
-        if self.counts[error.reason] <= EXAMPLES:
-            self.examples.append(BadLine(index, line, error))
-
-
-def _parse_natively(buffer: bytearray, layout: Layout, first_only: bool) -> ParsedBlock:
+def _parse_natively(buffer: bytearray, layout: Layout) -> ParsedBlock | None:
+    """Parse lines that are all rows; None if any is not."""
     lines = buffer.count(b"\n") - 1
+    if lines * layout.width > len(buffer):  # shorter than any row: blank lines by the million
+        return None
     labels = torch.empty(lines, dtype=torch.uint8)
     dense = torch.empty((lines, layout.integers), dtype=torch.int32)
     sparse = torch.empty((lines, layout.ids), dtype=torch.uint32)
     missing = torch.zeros(layout.integers, dtype=torch.int64)
-    text = torch.frombuffer(buffer, dtype=torch.uint8)
-    rejects = _Rejects()
-    begin, rows, bad = MARGIN, 0, 0
-    while begin < len(buffer):
-        # Returns early before a line that is no row.
-        found, size = torch.ops.dlrm.parse_rows(
-            text[begin:],
-            labels[rows:],
-            dense[rows:],
-            sparse[rows:],
-            missing,
-            layout.labelled,
-            MAX_LINE_BYTES + 1,  # with its end
-        )
-        begin, rows = begin + size, rows + found
-        if begin == len(buffer):
-            break
-        end = buffer.index(b"\n", begin)
-        line = bytes(memoryview(buffer)[begin:end])
-        try:
-            parse_line(line, layout)
-        except BadFieldError as error:
-            rejects.add(rows + bad, line, error)
-        else:
-            raise AssertionError(f"the native parser takes for no row: {line!r}")
-        begin, bad = end + 1, bad + 1
-        if first_only:
-            break
+    rows = torch.ops.dlrm.parse_rows(
+        torch.frombuffer(buffer, dtype=torch.uint8, offset=MARGIN),
+        labels,
+        dense,
+        sparse,
+        missing,
+        layout.labelled,
+        MAX_LINE_BYTES + 1,  # with its end
+    )
+    if rows < lines:
+        return None
     return ParsedBlock(
         lines,
-        labels[:rows].numpy() if layout.labelled else None,
-        dense[:rows].numpy(),
-        sparse[:rows].numpy(),
+        labels.numpy() if layout.labelled else None,
+        dense.numpy(),
+        sparse.numpy(),
         missing.numpy(),
-        rejects.counts,
-        rejects.examples,
+        Counter(),
+        [],
     )
 
 
 def _parse_plainly(buffer: bytearray, layout: Layout, first_only: bool) -> ParsedBlock:
     text = np.frombuffer(buffer, np.uint8)
+    pieces: list[ParsedBlock] = []
+    examples: list[BadLine] = []
+    lines = 0
+    end = MARGIN
+    while end < len(buffer) and not (first_only and examples):
+        begin, goal = end, end + PIECE_BYTES
+        end = (buffer.rfind(b"\n", begin, goal) + 1) or (buffer.index(b"\n", goal) + 1)
+        piece = _parse_piece(text[begin - MARGIN : end], layout, first_only=first_only)
+        examples += [BadLine(lines + bad.index, bad.line, bad.error) for bad in piece.examples]
+        lines += piece.lines
+        pieces.append(piece)
+    labels = [piece.labels for piece in pieces if piece.labels is not None]
+    return ParsedBlock(
+        lines,
+        np.concatenate(labels) if layout.labelled else None,
+        np.concatenate([piece.dense for piece in pieces]),
+        np.concatenate([piece.sparse for piece in pieces]),
+        np.sum([piece.missing for piece in pieces], axis=0),
+        sum((piece.rejected for piece in pieces), Counter()),
+        _first_of_each_reason(examples),
+    )
+
+
+def _first_of_each_reason(bad_lines: Iterable[BadLine]) -> list[BadLine]:
+    """Return the first lines, up to ``EXAMPLES`` of each reason."""
+    seen: Counter[Reason] = Counter()
+    first = []
+    for bad in bad_lines:
+        seen[bad.error.reason] += 1
+        if seen[bad.error.reason] <= EXAMPLES:
+            first.append(bad)
+    return first
+
+
+def _parse_piece(text: UInt8Array, layout: Layout, *, first_only: bool) -> ParsedBlock:
+    """Parse whole lines at once, after ``MARGIN`` bytes of which only the last counts."""
     lines, row_lines, begins, ends = _find_fields(text, layout.width)
-    rows = len(row_lines)
-    labels = np.empty(rows, np.uint8) if layout.labelled else None
-    dense = np.empty((rows, layout.integers), np.int32)
-    sparse = np.empty((rows, layout.ids), np.uint32)
-    valid = np.ones(rows, np.bool_)
+    lengths = ends - begins - 1
+    valid = np.ones(len(row_lines), np.bool_)
+    labels = None
+    if layout.labelled:
+        labels = text[ends[:, 0] - 1] - np.uint8(ord("0"))
+        valid &= (lengths[:, 0] == 1) & (labels < 2)
     integers = slice(int(layout.labelled), layout.labelled + layout.integers)
     ids = slice(integers.stop, None)
-    for first in range(0, rows, _STEP_ROWS):
-        step = slice(first, first + _STEP_ROWS)
-        at, lengths = ends[step], ends[step] - begins[step] - 1
-        if labels is not None:
-            labels[step] = text[at[:, 0] - 1] - np.uint8(ord("0"))
-            valid[step] &= (lengths[:, 0] == 1) & (labels[step] < 2)
-        dense[step] = _parse_integers(text, at[:, integers], lengths[:, integers], valid[step])
-        sparse[step] = _parse_ids(text, at[:, ids], lengths[:, ids], valid[step])
-
-    rejects = _Rejects()
-    if rows < lines or not valid.all():
-        suspect = np.ones(lines, np.bool_)
-        suspect[row_lines[valid]] = False
-        newlines = np.flatnonzero(text == ord("\n"))
-        for index in np.flatnonzero(suspect).tolist():
-            line = bytes(buffer[newlines[index] + 1 : newlines[index + 1]])
+    dense = _parse_integers(text, ends[:, integers], lengths[:, integers], valid)
+    sparse = _parse_ids(text, ends[:, ids], lengths[:, ids], valid)
+    rejected: Counter[Reason] = Counter()
+    examples: list[BadLine] = []
+    if len(row_lines) < lines or not valid.all():
+        newlines = np.flatnonzero(text == ord("\n"))[-lines - 1 :]
+        rejected, misshapen = _find_misshapen(newlines, row_lines)
+        rows = {int(row_lines[row]): row for row in np.flatnonzero(~valid)}
+        for index in sorted([*misshapen, *rows]):
+            line = text[newlines[index] + 1 : newlines[index + 1]].tobytes()
             try:
                 label, integer_values, id_values = parse_line(line, layout)
             except BadFieldError as error:
-                rejects.add(index, line, error)
+                rejected[error.reason] += index in rows  # the others are counted
+                examples.append(BadLine(index, line, error))
                 if first_only:
                     break
             else:
-                row = np.searchsorted(row_lines, index)
+                row = rows[index]
                 dense[row], sparse[row], valid[row] = integer_values, id_values, True
                 if labels is not None:
                     labels[row] = label
-    is_missing = (ends[:, integers] - begins[:, integers]) == 1
-    if rejects.counts:
-        dense, sparse, is_missing = dense[valid], sparse[valid], is_missing[valid]
+    if not valid.all():
+        dense, sparse, lengths = dense[valid], sparse[valid], lengths[valid]
         labels = labels[valid] if labels is not None else None
-    missing = is_missing.sum(axis=0)
-    return ParsedBlock(lines, labels, dense, sparse, missing, rejects.counts, rejects.examples)
+    missing = (lengths[:, integers] == 0).sum(axis=0)
+    first = _first_of_each_reason(examples)
+    return ParsedBlock(lines, labels, dense, sparse, missing, rejected, first)
+
+
+def _find_misshapen(newlines: IntpArray, row_lines: IntpArray) -> tuple[Counter[Reason], list[int]]:
+    """Count the lines of another number of fields than rows have, of which there may be millions.
+
+    Args:
+        newlines: Offsets of the line ends, and of the one before the first line.
+        row_lines: Which lines have as many fields as rows.
+
+    Returns:
+        How many there are by reason, and the first of each.
+    """
+    is_misshapen = np.ones(len(newlines) - 1, np.bool_)
+    is_misshapen[row_lines] = False
+    lines = np.flatnonzero(is_misshapen)
+    lengths = newlines[lines + 1] - newlines[lines] - 1
+    is_long, is_blank = lengths > MAX_LINE_BYTES, lengths == 0
+    counts: Counter[Reason] = Counter()
+    examples: list[int] = []
+    reasons: tuple[tuple[Reason, BoolArray], ...] = (
+        ("too long", is_long),
+        ("blank", is_blank),
+        ("fields", ~is_long & ~is_blank),
+    )
+    for reason, which in reasons:
+        if which.any():
+            counts[reason] = int(np.count_nonzero(which))
+            examples += lines[which][:EXAMPLES].tolist()
+    return counts, examples
 
 
 def _find_fields(text: UInt8Array, width: int) -> tuple[int, IntpArray, IntpArray, IntpArray]:
     """Find the fields of the lines that have as many as a row.
 
     Args:
-        text: A block.
+        text: A piece.
         width: Fields of a row.
 
     Returns:
         How many lines there are; which of them these are, (n,); and the offsets of the separators
         before and after each field, (n, width).
     """
-    separators = np.flatnonzero((text == ord("\t")) | (text == ord("\n")))
+    body = text[MARGIN - 1 :]
+    separators = np.flatnonzero((body == ord("\t")) | (body == ord("\n"))) + (MARGIN - 1)
     begins, ends = separators[:-1], separators[1:]
-    lines = int(np.count_nonzero(text == ord("\n"))) - 1
+    lines = int(np.count_nonzero(body == ord("\n"))) - 1
     row_lines = np.arange(lines)
     if len(ends) != lines * width or (text[ends[width - 1 :: width]] != ord("\n")).any():
         fields = np.diff(np.flatnonzero(text[ends] == ord("\n")), prepend=-1)

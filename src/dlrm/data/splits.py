@@ -119,15 +119,14 @@ class StoredOrder:
         self.parts = int(parts.sum())
         if shuffle in ("reference", "reference-day"):
             random_state = np.random.RandomState(seed)
-            if shuffle == "reference":
-                order = random_state.permutation(rows)
-            else:
-                by_day = np.split(np.arange(rows), np.cumsum(days)[:-1])
-                order = np.concatenate([random_state.permutation(day) for day in by_day])
             self._position = np.empty(rows, np.int32 if rows < 1 << 31 else np.int64)
-            for start in range(0, rows, _CHUNK_ROWS):
-                chunk = order[start : start + _CHUNK_ROWS]
-                self._position[chunk] = np.arange(start, start + len(chunk))
+            first = 0
+            for group in (rows,) if shuffle == "reference" else days:
+                order = random_state.permutation(group)
+                for start in range(0, group, _CHUNK_ROWS):
+                    chunk = order[start : start + _CHUNK_ROWS] + first
+                    self._position[chunk] = np.arange(first + start, first + start + len(chunk))
+                first += group
 
     def place(
         self, rows: npt.NDArray[np.int64]

@@ -57,7 +57,6 @@ class Segment:
     first_row: int
     """Rows before it."""
     rows: int
-    clicks: int
     first_candidate: int
     """Well-formed rows before it, those that sub-sampling dropped included."""
     candidates: int
@@ -225,4 +224,6 @@ def _reading(path: Path) -> safetensors.safe_open:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}. Start over with --overwrite.") from error
+        raise UserError(
+            f"{path} is damaged: {error}. Delete the folder {path.parents[1]} to start over."
+        ) from error

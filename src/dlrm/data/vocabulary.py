@@ -5,7 +5,7 @@ Ids are row numbers of an embedding table, in order of first appearance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,19 +56,35 @@ class Vocabulary:
         Raises:
             UserError: The file is missing or damaged.
         """
+        parts = list(Vocabulary.read_parts(path))
+        return Vocabulary(
+            np.concatenate([np.zeros(0, np.uint32), *(part.values for part in parts)]),
+            np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
+            np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),
+        )
+
+    @staticmethod
+    def read_parts(path: Path) -> Iterator[Vocabulary]:
+        """Read a vocabulary in ranges of ascending values, of 16 MB at most.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
         try:
             with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-                table = pa.ipc.open_file(file).read_all()
+                reader = pa.ipc.open_file(file)
+                if reader.schema != _COLUMNS:
+                    raise UserError(
+                        f"{path} has the columns {reader.schema.names}, expected value, id and "
+                        "count with the types of a vocabulary. Prepare the dataset or train the "
+                        "run again."
+                    )
+                for number in range(reader.num_record_batches):
+                    yield Vocabulary(*(map(pa.Array.to_numpy, reader.get_batch(number).columns)))
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{path} cannot be read: {error}. Prepare the dataset or train the run again."
             ) from error
-        if table.schema != _COLUMNS:
-            raise UserError(
-                f"{path} has the columns {table.schema.names}, expected value, id and count with "
-                "the types of a vocabulary. Prepare the dataset or train the run again."
-            )
-        return Vocabulary(*(column.combine_chunks().to_numpy() for column in table.columns))
 
 
 def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:

@@ -50,6 +50,7 @@ class DLRM(nn.Module):
             [feature.name for feature in schema.sparse],
             schema.num_embeddings,
             config.embedding_dim,
+            dtype=getattr(torch, config.embedding_dtype),
             device=device,
         )
         self.interaction_arch = InteractionArch(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dlrm.ops.library import library
+from dlrm.ops.rounding import NARROW
 
 
 class SparseArch(nn.Module):
@@ -17,10 +20,14 @@ class SparseArch(nn.Module):
     tables have TorchRec's names, ``embedding_bags.t_NAME.weight``; as a parameter the arena is
     one, ``arena``, and its gradient is sparse: it holds the rows of the batch alone.
 
+    Narrow tables (bfloat16, float16) give float32 vectors. Autograd would round a gradient to its
+    parameter's type, so theirs is kept beside the vectors that were looked up, in float32.
+
     Args:
         names: The features' names.
         num_embeddings: Rows of each feature's table.
         embedding_dim: Length of a vector (D).
+        dtype: What vectors are stored in.
         device: Where the arena is allocated; "meta" allocates nothing.
     """
 
@@ -29,13 +36,22 @@ class SparseArch(nn.Module):
         names: Sequence[str],
         num_embeddings: Sequence[int],
         embedding_dim: int,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.names = tuple(names)
         self.num_embeddings = tuple(num_embeddings)
         rows = torch.tensor([0, *num_embeddings]).cumsum(0)
-        self.arena = nn.Parameter(torch.empty(int(rows[-1]), embedding_dim, device=device))
+        arena = torch.empty(int(rows[-1]), embedding_dim, dtype=dtype, device=device)
+        if arena.device.type == "cpu" and library().loaded:
+            torch.ops.dlrm.advise_huge_pages(arena)
+        self.is_narrow = dtype in NARROW
+        self.arena = nn.Parameter(arena, requires_grad=not self.is_narrow)
+        # Looks up vectors in training instead, and updates the arena when gradients arrive.
+        self.fused: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        # Of narrow tables: the rows of the newest lookup, (N,), and their vectors, (N, D).
+        self._looked_up: tuple[Tensor, Tensor] | None = None
         # Not part of the state: it follows from num_embeddings. Made on the CPU even under a
         # "meta" device, since it holds values.
         self.register_buffer("first_rows", rows[:-1].clone(), persistent=False)
@@ -51,15 +67,51 @@ class SparseArch(nn.Module):
         Returns:
             (B, F, D); an empty bag gives zeros.
         """
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused(sparse_features, offsets)
+        shape = (-1, len(self.names), self.arena.shape[1])
         if offsets is None:
-            return functional.embedding(sparse_features + self.first_rows, self.arena, sparse=True)
-        bags = offsets.numel() - 1
-        table = torch.arange(bags, device=offsets.device) % len(self.names)
-        rows = sparse_features + self.first_rows[table].repeat_interleave(offsets.diff())
+            rows = sparse_features + self.first_rows
+            if self.is_narrow:
+                return self._look_up(rows.view(-1)).view(shape)
+            return functional.embedding(rows, self.arena, sparse=True)
+        bags = torch.arange(offsets.numel() - 1, device=offsets.device)
+        lengths = offsets.diff()
+        rows = sparse_features + self.first_rows[bags % len(self.names)].repeat_interleave(lengths)
+        if self.is_narrow:
+            vectors = self._look_up(rows)
+            pooled = torch.zeros(bags.numel(), vectors.shape[1], device=vectors.device)
+            return pooled.index_add(0, bags.repeat_interleave(lengths), vectors).view(shape)
         pooled = functional.embedding_bag(
             rows, self.arena, offsets, mode="sum", sparse=True, include_last_offset=True
         )
-        return pooled.view(-1, len(self.names), self.arena.shape[1])
+        return pooled.view(shape)
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        """Return the vectors of rows, (N, D), in float32, and keep them for their gradient."""
+        vectors = self.arena.detach()[rows].float()
+        if torch.is_grad_enabled():
+            self._looked_up = (rows, vectors.requires_grad_())
+        return vectors
+
+    @property
+    def gradient_holder(self) -> Tensor:
+        """The tensor whose ``grad`` a backward pass fills."""
+        return self._looked_up[1] if self._looked_up else self.arena
+
+    def gradient(self) -> tuple[Tensor, Tensor] | None:
+        """Return the rows that were looked up, (N,), with repeats, and their gradients, (N, D)."""
+        gradient = self.gradient_holder.grad
+        if gradient is None:
+            return None
+        if self._looked_up:
+            return self._looked_up[0], gradient
+        return gradient._indices()[0], gradient._values()
+
+    def forget_gradient(self) -> None:
+        """Be ready for the next backward pass."""
+        self._looked_up = None
+        self.arena.grad = None
 
     def table_names(self) -> list[str]:
         """Return the tables' names in a state dict, without a prefix."""

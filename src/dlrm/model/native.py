@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dlrm.config import Amp
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
 from dlrm.model.mlp import MLP
@@ -24,8 +25,10 @@ PART_ROWS = 256
 """A multiple of every instruction set's panel."""
 
 
-def supports(model: DLRM) -> tuple[bool, str]:
+def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
     """Return whether the native forward pass takes a model, and why or why not."""
+    if amp != "O0":
+        return False, f"the native kernels compute in float32, and --amp {amp} was asked for"
     if not library().loaded:
         return False, library().reason
     for name, parameter in model.named_parameters():
@@ -122,6 +125,7 @@ class NativeForward:
         ops.to_panels(part.dense_features, kept.dense_input)
         ops.mlp_forward(
             kept.dense_input,
+            rows,
             self.dense.weights,
             self.dense.biases,
             True,
@@ -142,6 +146,7 @@ class NativeForward:
         )
         ops.mlp_forward(
             kept.interactions,
+            rows,
             self.over.weights,
             self.over.biases,
             False,

@@ -8,25 +8,50 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from dlrm.config import LossConfig
+from dlrm.config import Amp, LossConfig
 from dlrm.data.batch import Batch
+from dlrm.device import autocast
 from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import probabilities
+from dlrm.model.native import NativeForward, supports
 
 
-@torch.inference_mode()
-def score_batch(model: DLRM, batch: Batch, loss: LossConfig) -> npt.NDArray[np.float32]:
-    """Return the click probabilities, (B,), of a batch.
+class Scorer:
+    """Click probabilities from a model, through the native kernels where they take it.
+
+    Through the kernels a row's logit does not depend on the other rows of its batch.
 
     Args:
-        model: Its mode (training or not) is left as it is; call ``model.eval()`` first.
-        batch: B rows, on any device.
+        model: Its weights are read at every call. Dropout is off, whatever its mode.
         loss: Its threshold clamps probabilities.
+        amp: Whether matrices are multiplied in lower precision.
     """
-    device = model.sparse_arch.arena.device
-    scored: npt.NDArray[np.float32] = probabilities(model(batch.to(device)), loss).cpu().numpy()
-    return scored
+
+    def __init__(self, model: DLRM, loss: LossConfig, amp: Amp = "O0") -> None:
+        self._model = model
+        self._loss = loss
+        self._amp: Amp = amp
+        self._native = NativeForward(model) if supports(model, amp)[0] else None
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Return the click probabilities, (B,), of a batch on any device."""
+        logits = self._native.logits(batch) if self._native else self._plain_logits(batch)
+        scored: npt.NDArray[np.float32] = probabilities(logits, self._loss).cpu().numpy()
+        return scored
+
+    def _plain_logits(self, batch: Batch) -> Tensor:
+        device = self._model.sparse_arch.arena.device
+        training = self._model.training
+        self._model.eval()
+        try:
+            with autocast(device, self._amp):
+                logits: Tensor = self._model(batch.to(device))
+        finally:
+            self._model.train(training)
+        return logits
 
 
 @dataclass(frozen=True)
@@ -41,17 +66,15 @@ class Scored:
     """Bags that were empty because their value was never seen."""
 
 
-def score(model: DLRM, batches: Iterable[Batch], loss: LossConfig) -> Scored:
+def score(model: DLRM, batches: Iterable[Batch], loss: LossConfig, amp: Amp = "O0") -> Scored:
     """Score labelled batches, without dropout."""
-    was_training = model.training
-    model.eval()
+    scorer = Scorer(model, loss, amp)
     labels = [np.zeros(0, np.float32)]
     scores = [np.zeros(0, np.float32)]
     unknown_ids = 0
     for batch in batches:
         assert batch.labels is not None
         labels.append(batch.labels.numpy())
-        scores.append(score_batch(model, batch, loss))
+        scores.append(scorer(batch))
         unknown_ids += batch.unknown_ids
-    model.train(was_training)
     return Scored(np.concatenate(labels), np.concatenate(scores), unknown_ids)

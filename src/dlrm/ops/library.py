@@ -47,4 +47,24 @@ def library() -> Library:
         torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return Library(False, f"the native kernels cannot be loaded: {error}. {_REBUILD}")
+    _register_fakes()
     return Library(True, "the native kernels are built and loaded")
+
+
+def _register_fakes() -> None:
+    """Tell PyTorch's tracers what the kernels return: one a scalar, the others nothing."""
+    for name in (
+        "advise_huge_pages",
+        "to_panels",
+        "mlp_forward",
+        "mlp_backward",
+        "mlp_update",
+        "embed_interact",
+        "embed_interact_backward",
+        "tables_update",
+    ):
+        torch.library.register_fake(f"dlrm::{name}", lambda *_arguments: None)
+    torch.library.register_fake(
+        "dlrm::loss_gradient",
+        lambda logits, *_arguments: logits.new_empty((), dtype=torch.float64),
+    )

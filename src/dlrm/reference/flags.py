@@ -350,6 +350,13 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ("local_rank",),
             _not_negative,
         ),
+        Flag(
+            "--amp",
+            "O0",
+            "Ours: mixed precision, O0 or O1. The Ascend port's published figures are O1's.",
+            str,
+            ("amp",),
+        ),
     ),
     "testing and output": (
         Flag(

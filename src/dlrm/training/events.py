@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Self
 
 import msgspec
 from tqdm import tqdm
@@ -33,6 +33,8 @@ class Start:
     steps_per_epoch: int
     train_rows: int
     """Rows of one pass."""
+    kernels: Literal["native", "plain"]
+    kernels_reason: str
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class JsonLines(Events):
             "position": asdict(start.position),
             "steps_per_epoch": start.steps_per_epoch,
             "train_rows": start.train_rows,
+            "kernels": start.kernels,
+            "kernels_reason": start.kernels_reason,
         }
         self._write("start", content)
 
@@ -178,6 +182,7 @@ class Console(Events):
             start.steps_per_epoch,
             start.config.mini_batch_size,
         )
+        logger.info("%s kernels: %s", start.kernels, start.kernels_reason)
         self._bar = tqdm(
             total=steps * start.config.mini_batch_size,
             initial=start.position.total_steps * start.config.mini_batch_size,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dlrm.config import LossConfig
+from dlrm.config import Amp, LossConfig
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
 from dlrm.model.native import Activations, NativeForward, Stack
@@ -18,11 +18,11 @@ RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2}
 LOSSES = {"bce": 0, "wbce": 0, "mse": 1}
 
 
-def supports(model: DLRM) -> tuple[bool, str]:
+def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
     """Return whether ``NativeStep`` takes a model, and why or why not."""
     if model.config.dropout:
         return False, "the native kernels have no dropout"
-    return forward_supports(model)
+    return forward_supports(model, amp)
 
 
 class _Gradients:
@@ -45,6 +45,8 @@ class NativeStep:
     """
 
     kernels: Literal["native", "plain"] = "native"
+    scaler: torch.amp.GradScaler | None = None
+    skipped_steps = 0
 
     def __init__(self, model: DLRM, optimizer: Optimizer, loss: LossConfig, reason: str) -> None:
         self.model = model

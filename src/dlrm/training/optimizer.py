@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from dlrm.config import OptimizerConfig
 from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM
+from dlrm.model.fused_tables import FusedTables
 from dlrm.model.mlp import MLP
+from dlrm.ops.rounding import random_bits, round_stochastically
 
 EPSILON = 1e-10  # torch.optim.Adagrad's; outside the root
 
@@ -51,14 +53,19 @@ class Optimizer:
     Args:
         model: Its ``sparse_arch.arena`` has a sparse gradient, everything else a dense one.
         config: The rule and its rates.
+        seed: Fixes, with ``steps``, how values of narrow tables are rounded.
 
     Attributes:
+        steps: Steps that were begun, those before a continued checkpoint included.
         accumulator: The sums of squares of the arena's gradients: of its shape for Adagrad, one a
             row for row-wise Adagrad, None for SGD.
     """
 
-    def __init__(self, model: DLRM, config: OptimizerConfig) -> None:
+    def __init__(self, model: DLRM, config: OptimizerConfig, seed: int = 0) -> None:
         self.config = config
+        self.seed = seed
+        self.steps = 0
+        self._fused: FusedTables | None = None
         self._sparse_arch = model.sparse_arch
         self._dense = {
             name: parameter
@@ -72,7 +79,8 @@ class Optimizer:
         arena = model.sparse_arch.arena
         self.accumulator: Tensor | None = None
         if config.optimizer == "adagrad":
-            self.accumulator = torch.zeros_like(arena, requires_grad=False)
+            precise = torch.promote_types(arena.dtype, torch.float32)
+            self.accumulator = torch.zeros_like(arena, dtype=precise, requires_grad=False)
         elif config.optimizer == "rowwise_adagrad":
             self.accumulator = torch.zeros(arena.shape[0], device=arena.device)
 
@@ -87,24 +95,46 @@ class Optimizer:
             [state[layer.bias]["sum"] for layer in layers],
         )
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        self._dense_optimizer.zero_grad()
-        self._sparse_arch.arena.grad = None
+    def fuse_tables(self) -> None:
+        """Let fbgemm look tables up, and update them while gradients are computed."""
+        accumulator, rule = self.accumulator, self.config.optimizer
+        self._fused = FusedTables(self._sparse_arch, rule, accumulator, EPSILON)
+        self._sparse_arch.fused = self._fused
 
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Move every weight that has a gradient.
+    def begin_step(self, rate: float) -> None:
+        """Forget all gradients, and count a step.
 
         Args:
             rate: The learning rate of this step.
         """
+        self.steps += 1
+        if self._fused is not None:
+            self._fused.set_rate(rate)
+        self._dense_optimizer.zero_grad()
+        self._sparse_arch.forget_gradient()
+
+    @property
+    def param_groups(self) -> list[dict[str, list[Tensor]]]:
+        """All that has a gradient, as ``torch.amp.GradScaler`` asks an optimizer for it."""
+        return [{"params": [*self._dense.values(), self._sparse_arch.gradient_holder]}]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> bool:
+        """Move every weight that has a gradient.
+
+        Args:
+            rate: The learning rate of this step.
+
+        Returns:
+            True: that is how a caller knows that a gradient scaler has not skipped it.
+        """
         for group in self._dense_optimizer.param_groups:
             group["lr"] = rate
         self._dense_optimizer.step()
-        gradient = self._sparse_arch.arena.grad
+        gradient = self._sparse_arch.gradient()
         if gradient is not None:
-            self._step_tables(gradient._indices()[0], gradient._values(), rate)
+            self._step_tables(*gradient, rate)
+        return True
 
     def _step_tables(self, rows: Tensor, gradients: Tensor, rate: float) -> None:
         """Update the arena.
@@ -115,14 +145,27 @@ class Optimizer:
             rate: The learning rate.
         """
         arena = self._sparse_arch.arena
-        if self.accumulator is None:
+        is_narrow = self._sparse_arch.is_narrow
+        if self.accumulator is None and not is_narrow:
             arena.scatter_add_(0, rows.unsqueeze(1).expand_as(gradients), gradients * -rate)
             return
-        # An adaptive rule squares gradients, so those of one row are summed first.
+        # An adaptive rule squares gradients, and a narrow table is rounded once a step, so the
+        # gradients of one row are summed first.
         rows, inverse = torch.unique(rows, return_inverse=True)
         summed = torch.zeros(rows.numel(), gradients.shape[1], device=arena.device).scatter_add_(
             0, inverse.unsqueeze(1).expand_as(gradients), gradients
         )
+        change = rate * (summed if self.accumulator is None else self._normalize(rows, summed))
+        if is_narrow:
+            moved = arena[rows].float() - change
+            bits = random_bits(self.seed, self.steps, rows, arena.shape[1])
+            arena[rows] = round_stochastically(moved, bits, arena.dtype)
+        else:
+            arena[rows] -= change
+
+    def _normalize(self, rows: Tensor, summed: Tensor) -> Tensor:
+        """Accumulate the squares of gradients, and divide these by the sums' roots."""
+        assert self.accumulator is not None
         squares = summed.square()
         if self.accumulator.dim() == 1:
             squares = squares.mean(1)
@@ -131,7 +174,7 @@ class Optimizer:
         deviation = accumulated.sqrt() + EPSILON
         if self.accumulator.dim() == 1:
             deviation = deviation.unsqueeze(1)
-        arena[rows] -= rate * (summed / deviation)
+        return summed / deviation
 
     def state(self) -> dict[str, Tensor]:
         """Return ``NAME.sum``, or ``NAME.row_sum`` with one number a row; nothing for SGD."""

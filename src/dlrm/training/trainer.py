@@ -36,13 +36,20 @@ from dlrm.runs import (
     versions,
 )
 from dlrm.schema import Split
+from dlrm.trace import part, waiting
 from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
 from dlrm.training.optimizer import Optimizer, learning_rate
+from dlrm.training.profiling import StepProfiler, trace_file
 from dlrm.training.step import choose_step
 
 
 def train(
-    dataset: Path | str, run: Path | str, config: TrainConfig, listeners: Sequence[Events] = ()
+    dataset: Path | str,
+    run: Path | str,
+    config: TrainConfig,
+    listeners: Sequence[Events] = (),
+    *,
+    profile: Path | str | None = None,
 ) -> RunResult:
     """Train a model on a DATASET into a new RUN folder.
 
@@ -51,6 +58,7 @@ def train(
         run: The folder to make; it must not hold a run already.
         config: Everything else.
         listeners: Told of every step, report and evaluation.
+        profile: Where a trace of some steps goes: a .json or .json.gz file, or a folder.
 
     Returns:
         What ``RUN/result.json`` holds.
@@ -64,6 +72,7 @@ def train(
     if not isinstance(config, TrainConfig):
         raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
     dataset, run = Path(dataset), Path(run)
+    trace = trace_file(Path(profile)) if profile is not None else None
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
     # Dropout draws from PyTorch's own generator, which is the caller's again afterwards.
@@ -77,7 +86,13 @@ def train(
         write_config(run / "config.toml", config, dataset)
         with JsonLines(run / "log.jsonl") as log:
             trainer.listeners = (log, *listeners)
-            trainer.fit()
+            if trace is None:
+                trainer.fit()
+            else:
+                with contextlib.closing(StepProfiler(trainer.model, device)) as profiler:
+                    trainer.listeners = (*trainer.listeners, profiler)
+                    trainer.fit()
+                profiler.write(trace)
             return trainer.finish(started)
 
 
@@ -140,19 +155,22 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # dropout
         self.model = DLRM(run.schema, config.model, device=device)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.optimizer = Optimizer(self.model, config.optimizer, config.seed)
         self.position = Position()
+        scaler_state = None
         if config.continue_from:
-            self._continue_from(Path(config.continue_from))
+            scaler_state = self._continue_from(Path(config.continue_from)).gradient_scaler
         else:
-            initialize(self.model, self._initial_random_state())
+            self.draw_weights()
         if 0 < config.max_steps <= self.position.total_steps:
             raise UserError(
                 f"{config.continue_from} was saved after {self.position.total_steps} steps, so "
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
             )
-        self.first_step = self.position.total_steps
-        self.step = choose_step(self.model, self.optimizer, config.loss)
+        self.first_step = self.optimizer.steps = self.position.total_steps
+        self.step = choose_step(self.model, self.optimizer, config.loss, config.amp)
+        if self.step.scaler and scaler_state:
+            self.step.scaler.load_state_dict(scaler_state)
 
         self.best_auc = -math.inf
         self.stopped = ""
@@ -164,7 +182,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until all epochs are done, or a limit or target is reached."""
-        start = Start(self.config, self.position, self.steps_per_epoch, self.train_rows)
+        start = Start(
+            self.config,
+            self.position,
+            self.steps_per_epoch,
+            self.train_rows,
+            self.step.kernels,
+            self.step.reason,
+        )
         for listener in self.listeners:
             listener.on_start(start)
         self.model.train()
@@ -188,13 +213,14 @@ class Trainer:
         """Train on the batches of a pass, or until a limit or target is reached."""
         config = self.config
         meter = _Meter(self.device)
-        for batch in batches:
+        for batch in waiting(batches, "wait for data"):
             position = self.position
             self.position = position = replace(
                 position, step=position.step + 1, total_steps=position.total_steps + 1
             )
             rate = learning_rate(config.optimizer, position.total_steps)
-            loss = self.step(batch.to(self.device), rate)
+            with part("step"):
+                loss = self.step(batch.to(self.device), rate)
             meter.add(loss, len(batch))
             for listener in self.listeners:
                 listener.on_step(position, len(batch))
@@ -243,13 +269,18 @@ class Trainer:
             unknown_ids={split: result.unknown_ids for split, result in results.items()},
             kernels=self.step.kernels,
             kernels_reason=self.step.reason,
-            amp_type="O0",
+            amp_type=config.amp,
             device=str(self.device),
             versions=versions(),
             hardware=hardware(self.device),
+            skipped_steps=self.step.skipped_steps,
         )
         run.write_result(result)
         return result
+
+    def draw_weights(self) -> None:
+        """Draw the initial weights as the reference does."""
+        initialize(self.model, self._initial_random_state())
 
     def _initial_random_state(self) -> np.random.RandomState:
         """Return the generator from which the reference would draw its weights."""
@@ -263,7 +294,7 @@ class Trainer:
                     random_state.permutation(rows)
         return random_state
 
-    def _continue_from(self, path: Path) -> None:
+    def _continue_from(self, path: Path) -> CheckpointInfo:
         info = read_info(path)
         if info.optimizer not in ("", self.config.optimizer.optimizer):
             raise UserError(
@@ -296,6 +327,7 @@ class Trainer:
                 f"{path} was saved after {self.position.epoch} epochs, so with --epochs "
                 f"{self.config.epochs} nothing is left to train. Ask for more epochs."
             )
+        return info
 
     def _report(self, meter: _Meter, rate: float) -> None:
         loss, samples, steps, seconds = meter.read()
@@ -374,6 +406,7 @@ class Trainer:
             self.config.optimizer.optimizer,
             self.data.manifest.fingerprint,
             self.config.mini_batch_size,
+            self.step.scaler.state_dict() if self.step.scaler else None,
         )
         save_checkpoint(self.run.checkpoint("newest"), tensors, info)
         if is_best:
