@@ -234,11 +234,18 @@ def events_of(warm: Warm, request: Request, folder: Path) -> list[str]:
     return Path(f"{folder}.log").read_text().splitlines()
 
 
-@pytest.mark.parametrize(
-    ("kind", "places"), [("rows", 4), ("packed days", 2), ("pipe", 2), ("prepared", 3)]
+# A point of each stage.
+STAGES = (
+    "after replace .dataset.work/spool/segment-00001.json",
+    "after replace .dataset.work/fitted-017.json",
+    "after unlink .dataset.work/spool/rows-00000.safetensors",
+    "after replace .dataset.work/part-test-00000.json",
 )
+
+
+@pytest.mark.parametrize("kind", ["rows", "packed days", "pipe", "prepared"])
 def test_killed_and_killed_again_then_gone_on_with_otherwise(
-    warm: Warm, sources: dict[str, Request], tmp_path: Path, kind: str, places: int
+    warm: Warm, sources: dict[str, Request], tmp_path: Path, kind: str
 ) -> None:
     request = sources[kind]
     content = without_times if kind == "pipe" else dict
@@ -246,18 +253,23 @@ def test_killed_and_killed_again_then_gone_on_with_otherwise(
     expected = content(tree(tmp_path / "there" / "dataset"))
     # Less memory and more workers, other segments and tables: none of it shows.
     otherwise = {"memory": "1GiB", "cores": 3, "segment_rows": 15, "table_bytes": 1 << 30}
-    last = events.index("after replace dataset")
-    for place in range(last // places - 10, last, last // places):
-        dataset = tmp_path / f"killed at {place}" / "dataset"
-        dataset.parent.mkdir()
-        assert warm(**request, dataset=dataset, kill_at=place).status == KILLED
-        assert not dataset.exists()
-        again = warm(**{**request, **otherwise}, dataset=dataset, kill_at=40)
-        assert again.status in (KILLED, 0)
-        third = warm(**{**request, "cores": 2}, dataset=dataset)
-        assert third.status == 0, third.said
-        assert content(tree(dataset)) == expected
-        assert left_beside(dataset) == []
+    made_here = events[: events.index("after replace dataset")]
+    places = [made_here.index(stage) + 1 for stage in STAGES if stage in made_here]
+    assert len(places) >= 2
+    for place in places:
+        once = tmp_path / f"killed at {place}" / "dataset"
+        once.parent.mkdir()
+        assert warm(**request, dataset=once, kill_at=place).status == KILLED
+        assert not once.exists()
+        twice = tmp_path / f"killed at {place} and again" / "dataset"
+        shutil.copytree(once.parent, twice.parent)
+        assert warm(**request, dataset=twice, kill_at=25).status == KILLED
+        for dataset in (once, twice):
+            answer = warm(**{**request, **otherwise}, dataset=dataset)
+            assert answer.status == 0, answer.said
+            assert "going on with" in answer.said
+            assert content(tree(dataset)) == expected
+            assert left_beside(dataset) == []
 
 
 @pytest.mark.long
@@ -458,6 +470,24 @@ def test_overwriting_starts_over(
     assert fresh.status == 0
     assert without_times(tree(tmp_path / "fresh")) == without_times(tree(dataset))
     assert not dataset.with_name(".dataset.work").exists()
+
+
+def test_killed_while_starting_over_the_first_command_gives_what_it_did(
+    warm: Warm, half_made: tuple[Path, Request], tmp_path: Path
+) -> None:
+    dataset, request = half_made
+    expected = made(warm, **request, dataset=tmp_path / "there" / "dataset")
+    for place in (3, 9, 30):
+        copy = tmp_path / f"killed at {place}" / "dataset"
+        shutil.copytree(dataset.with_name(".dataset.work"), copy.with_name(".dataset.work"))
+        other = {**request, "config": {"max_ind_range": 2}, "overwrite": True}
+        assert warm(**other, dataset=copy, kill_at=place).status == KILLED
+        answer = warm(**request, dataset=copy)
+        if answer.status:
+            assert "with --max-ind-range 2, and" in one_error(answer, 2)
+            answer = warm(**request, dataset=copy, overwrite=True)
+        assert answer.status == 0, answer.said
+        assert tree(copy) == expected
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.9", "2.0", "damaged"])
