@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import signal
@@ -98,9 +99,11 @@ class Prepare:
         from dlrm.data.verification import verify
 
         if self.verify:
-            if self.dataset is not None:
+            others = (self.dataset, self.options, self.memory, self.overwrite)
+            if others != (None, PrepareConfig(), Prepare.memory, False):
                 raise UserError(
-                    "--verify takes one DATASET and makes none: dlrm prepare --verify DATASET"
+                    "--verify takes one DATASET, no other option, and makes nothing: dlrm prepare "
+                    "--verify DATASET"
                 )
             _print_json(verify(Dataset.open(self.source)))
             return
@@ -361,6 +364,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Who read our output has gone; leave nothing for the interpreter's own flush to trip over.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(3, f"cannot write to standard output: {error.strerror}. Free some space.")
     sys.exit(0)
 
 

@@ -28,6 +28,7 @@ _REMEDIES = {
     errno.EROFS: "Choose a place that can be written to.",
     errno.EACCES: "Ask for access, or choose another place.",
     errno.EPERM: "Ask for permission, or choose another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EIO: "The disk may be failing: choose another place.",
 }
 

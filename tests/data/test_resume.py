@@ -429,10 +429,10 @@ def test_an_interrupted_preparation_of_another_source_is_kept(
 
     with pytest.raises(UserError, match="half made already") as caught:
         prepare(other, dataset)
-    expected = f"it was made from train.txt ({size} bytes), and {other} ({2 * size} bytes) has"
+    expected = f"it was made from train.txt ({size} bytes), and {other} ({2 * size} bytes) is"
     assert expected in str(caught.value)
     os.utime(source, ns=(1, 1))
-    with pytest.raises(UserError, match=rf"and .*train\.txt \({size} bytes\) has other content"):
+    with pytest.raises(UserError, match=rf"and .*train\.txt \({size} bytes\) is another file, or"):
         prepare(source, dataset)
     # Nor is standard input read in its place.
     answer = warm(source="-", stdin=other, dataset=dataset)

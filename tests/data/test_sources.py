@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import pytest
 
 from dlrm.config import PrepareConfig
 from dlrm.data.prepare import prepare
-from dlrm.data.sources import SourceFile, raw_source
+from dlrm.data.sources import SourceFile, find_source, piped_source, raw_source
 from dlrm.errors import UserError
 
 
@@ -83,3 +85,57 @@ def test_sources_that_are_none(
     with pytest.raises(UserError, match=message):
         prepare(folder / name, folder / "dataset", PrepareConfig(**options))  # type: ignore[arg-type]
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_pipe_by_its_path_is_refused(tmp_path: Path) -> None:
+    """What is looked at beforehand would be missing when it is read."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"neither a file nor a folder.*dlrm prepare - DATASET"):
+        find_source(tmp_path / "pipe", PrepareConfig())
+
+
+def test_names_are_no_patterns(tmp_path: Path) -> None:
+    (tmp_path / "ab_0_reordered.npz").touch()
+    for name in ("a*", "a[b]", "a**b"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_source(tmp_path / name, PrepareConfig())
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.touch()
+    with pytest.raises(UserError, match=r"'caf\\udce9\.txt' is not UTF-8"):
+        find_source(path, PrepareConfig())
+
+
+class Input:
+    """Standard input that holds some bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.buffer = io.BytesIO(content)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_standard_input_must_be_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spooled = tmp_path / "work" / "spool"
+    config = PrepareConfig()
+
+    def feed(content: bytes, *, anew: bool = False) -> bytes:
+        monkeypatch.setattr("sys.stdin", Input(content))
+        piped_source(spooled, config, anew=anew)
+        return spooled.read_bytes()
+
+    long = b"row\n" * 300_000  # more than is compared at a time
+    assert feed(long) == long
+    assert feed(long) == long
+    assert feed(b"") == long
+    for other in (b"x", long[:-1], long[: 1 << 20], long + b"x", b"x" + long[1:]):
+        with pytest.raises(UserError, match="differs from what came through the pipe before"):
+            feed(other)
+    assert feed(b"x", anew=True) == b"x"
+    with pytest.raises(UserError, match="standard input is empty"):
+        feed(b"", anew=True)

@@ -67,9 +67,12 @@ class Arranger:
             return hashed(numbers.astype(np.uint32), buckets)
         if not self._fitted or not self._fitted[feature].mapped:
             return numbers
-        ids: npt.NDArray[np.int32] = np.load(
-            map_file(self._maps, feature, segment.generations[feature]), mmap_mode="r"
-        )
+        path = map_file(self._maps, feature, segment.generations[feature])
+        try:
+            with environment_faults(f"read {path}"):
+                ids: npt.NDArray[np.int32] = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            raise _damaged(path, error) from error
         return ids[numbers]
 
     def in_order(self, rows: range) -> Iterator[Rows]:
@@ -156,9 +159,11 @@ def _open_run(path: Path, read: Callable[[Any], T]) -> T:
         with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
             return read(pa.ipc.open_file(file))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is damaged: {error}. Delete the folder {path.parent} to start over."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged: {error}. Delete the folder {path.parent} to start over.")
 
 
 def _short(count: int) -> type[np.unsignedinteger]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import re
 import shutil
 import time
@@ -60,6 +61,7 @@ from dlrm.data.sources import (
     find_source,
     piped_source,
     require_unchanged,
+    require_utf8,
 )
 from dlrm.data.splits import (
     PERMUTATION_BYTES,
@@ -87,6 +89,8 @@ MINIMUM_MEMORY = 1 << 30
 
 _DEFAULTS = PrepareConfig()
 _HEAD_BYTES = 1 << 20
+_LONGEST_NAME = 240
+"""Of a DATASET: the hidden names beside it are a little longer."""
 _RESERVED_BYTES = 520 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
 _WORKER_BYTES = 240 << 20
@@ -130,7 +134,7 @@ def prepare(
         EnvironmentFaultError: A disk fails, is too small or read-only.
     """
     memory = memory_bytes(memory)
-    dataset = Path(dataset)
+    dataset = _named(Path(dataset))
     config = complete(config)  # so that equal options give equal bytes
     found = None if str(source) == PIPE else find_source(Path(source), config)
     work = Work(dataset)
@@ -160,6 +164,23 @@ def prepare(
     return Dataset.open(dataset)
 
 
+def _named(dataset: Path) -> Path:
+    """Return a path whose last part is the folder's own name, as "." and "x/.." have none.
+
+    Raises:
+        UserError: There is no such path, or it cannot be written down.
+    """
+    require_utf8(str(dataset))
+    if dataset.name in ("", ".."):
+        dataset = Path(os.path.abspath(dataset))
+    if not dataset.name or len(os.fsencode(dataset.name)) > _LONGEST_NAME:
+        raise UserError(
+            f"{dataset} cannot be a DATASET. Name a folder to make, with a name of at most "
+            f"{_LONGEST_NAME} bytes."
+        )
+    return dataset
+
+
 def memory_bytes(memory: int | str) -> int:
     """Return a number of bytes given as such or as text: 2GiB, 1536 MiB, 4G.
 
@@ -167,7 +188,9 @@ def memory_bytes(memory: int | str) -> int:
         UserError: It is neither, or less than 1 GiB.
     """
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:iB|B)?\s*", memory, re.I)
+        match = re.fullmatch(
+            r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(?:iB|B)?\s*", memory, re.I
+        )
         if not match:
             raise UserError(f"--memory: expected a size such as 2GiB or 1536MiB, got {memory!r}.")
         memory = int(float(match[1]) * _UNITS[match[2].upper()])
@@ -752,7 +775,11 @@ def _differences(
             differences.append(f"it was made from {made_from}, and standard input is asked for")
     elif len(sources) != len(source.files) or not all(map(_is_same, sources, source.files)):
         now = _listed([(str(each.path), each.bytes) for each in source.files])
-        differences.append(f"it was made from {made_from}, and {now} has other content")
+        known = all(each.sha256 for each in sources)
+        differences.append(
+            f"it was made from {made_from}, and {now} "
+            + ("has other content" if known else "is another file, or was changed since")
+        )
     for field in dataclasses.fields(PrepareConfig):
         expected, got = getattr(config, field.name), getattr(options, field.name)
         # Without a shuffle or drawing its seed makes no difference.

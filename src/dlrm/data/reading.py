@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from dlrm.config import PrepareConfig
 from dlrm.data import criteo
 from dlrm.data.numbering import FeatureNumberings
 from dlrm.data.prepared import Block, PreparedRows
-from dlrm.data.sources import RawSource, require_unchanged
+from dlrm.data.sources import PIPE, RawSource, require_unchanged
 from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
 from dlrm.data.vocabulary import taken_modulo
 from dlrm.device import available_cores
@@ -49,7 +50,11 @@ def read_raw(
         UserError: A row is malformed, or there are too many such rows.
         EnvironmentFaultError: A disk is full or fails.
     """
-    with ThreadPoolExecutor(available_cores()) as pool, ThreadPoolExecutor(1) as writer:
+    with (
+        _named_as_source(source),
+        ThreadPoolExecutor(available_cores()) as pool,
+        ThreadPoolExecutor(1) as writer,
+    ):
         reader = _RawReader(source, spool, config, table_bytes, progress, pool, writer)
         for number, file in enumerate(source.files):
             last = reader.last
@@ -59,6 +64,18 @@ def read_raw(
                 reader.read_file(number, criteo.Position(last.end, last.lines))
             else:
                 progress(file.bytes)
+
+
+@contextmanager
+def _named_as_source(source: RawSource) -> Iterator[None]:
+    """Name in errors what a user knows: not the file to which a pipe was copied."""
+    try:
+        yield
+    except UserError as error:
+        file = source.files[0]
+        if file.name != PIPE:
+            raise
+        raise UserError(str(error).replace(str(file.path), "standard input")) from error
 
 
 def read_prepared(rows: PreparedRows, spool: Spool, *, progress: Callable[[int], object]) -> None:

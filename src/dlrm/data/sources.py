@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import logging
 import re
 import shutil
@@ -38,7 +39,12 @@ class SourceFile:
 
 
 def describe_file(path: Path, name: str = "") -> SourceFile:
-    """Describe a file without reading it."""
+    """Describe a file without reading it.
+
+    Raises:
+        UserError: Its name cannot be written down.
+    """
+    require_utf8(name or path.name)
     with environment_faults(f"read {path}"):
         status = path.stat()
     return SourceFile(path, name or path.name, status.st_size, status.st_mtime_ns)
@@ -55,6 +61,18 @@ def require_unchanged(files: Iterable[SourceFile]) -> None:
             raise UserError(
                 f"{file.path} changed while it was read. Prepare it once it is complete."
             )
+
+
+def require_utf8(name: str) -> None:
+    """Refuse a name that is no text, and so could not be recorded.
+
+    Raises:
+        UserError: Naming it.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name {name!a} is not UTF-8. Rename it.") from None
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ def _is_prepared(source: Path) -> bool:
     if source.exists():
         return source.name.endswith(_PREPARED)
     # Of a file a day, what the names of all begin with.
-    return any(source.parent.glob(f"{source.name}_*_reordered.npz"))
+    return any(source.parent.glob(f"{glob.escape(source.name)}_*_reordered.npz"))
 
 
 def _prepared_source(source: Path, config: PrepareConfig) -> PreparedSource:
@@ -167,7 +185,12 @@ def _refuse_days(source: str, config: PrepareConfig) -> None:
 
 
 def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
-    if source.is_file() or not source.is_dir():  # a pipe or a device is neither
+    if not source.is_dir():
+        if not source.is_file():  # a pipe or a device, which cannot be read twice
+            raise UserError(
+                f"{source} is neither a file nor a folder. Of a pipe use standard input: cat "
+                f"{source} | dlrm prepare - DATASET."
+            )
         _refuse_days(str(source), config)
         return [describe_file(source)]
     found: dict[int, Path] = {}
@@ -193,28 +216,59 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
     return [describe_file(found[day]) for day in days]
 
 
+def _require_same(spooled: Path) -> None:
+    """Compare standard input, if anything comes, with what came before.
+
+    Raises:
+        UserError: It differs.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        return
+    came = False
+    with environment_faults(f"read {spooled}"), open(spooled, "rb") as before:
+        while chunk := sys.stdin.buffer.read(_CHUNK_BYTES):
+            came = True
+            if chunk != before.read(len(chunk)):
+                break
+        else:
+            if not came or not before.read(1):
+                return
+    raise UserError(
+        "standard input differs from what came through the pipe before an earlier preparation was "
+        "interrupted. Feed the same again or nothing (< /dev/null) to go on with that, or start "
+        "over with --overwrite."
+    )
+
+
 def piped_source(spooled: Path, config: PrepareConfig, *, anew: bool) -> RawSource:
     """Copy standard input to a file, which appears when it is complete, and return it as a source.
 
     Args:
-        spooled: The file. If it is there, standard input is left alone.
+        spooled: The file. If it is there, standard input must be empty or the same again.
         config: How rows are split.
         anew: Replace the file if it is there.
 
     Raises:
-        UserError: Nothing came, or it cannot be split as asked.
+        UserError: Nothing came, or something else than before, or it cannot be split as asked.
         EnvironmentFaultError: The disk is full or fails.
     """
     name = "standard input"
     _refuse_days(name, config)
     split = _resolved(name, config, "rows", 1)
     if spooled.exists() and not anew:
+        _require_same(spooled)
         logger.info("going on with what came through the pipe before: %s", spooled)
     else:
         with environment_faults(f"write to {spooled.parent}"):
             spooled.parent.mkdir(exist_ok=True)
         with atomic_write(spooled) as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK_BYTES)
+            if sys.stdin is not None:
+                try:
+                    shutil.copyfileobj(sys.stdin.buffer, file, _CHUNK_BYTES)
+                except IsADirectoryError:
+                    raise UserError(
+                        "standard input is a folder. Feed rows through a pipe."
+                    ) from None
             if not file.tell():
                 raise UserError(
                     "standard input is empty: nothing came through the pipe. Check what feeds it."
