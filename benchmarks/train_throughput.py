@@ -33,7 +33,7 @@ from dlrm.training.optimizer import Optimizer
 from dlrm.training.step import choose_step
 
 SCHEMA = criteo.schema(tuple(cardinalities(1.0).tolist()), "none: made-up rows", value_modulus=0)
-ROWS_A_MEASUREMENT = 51_200
+ROWS_A_MEASUREMENT = 20_480
 
 
 def main() -> None:
