@@ -184,8 +184,8 @@ def main() -> None:
         stages = ", ".join(f"{name} {seconds} s" for name, seconds in result["stages"].items())
         print(
             f"{result['rows']:,} rows ({result['source_bytes'] / 1e9:.2f} GB), start to finish: "
-            f"{result['seconds']:.1f} s, {result['rows_per_second']:,.0f} rows/s\n  {stages}; the whole "
-            f"process {result['process_seconds']:.1f} s\n"
+            f"{result['seconds']:.1f} s, {result['rows_per_second']:,.0f} rows/s\n"
+            f"  {stages}; the whole process {result['process_seconds']:.1f} s\n"
             f"  at most {result['peak_memory_bytes'] / 2**30:.2f} GiB of memory (ceiling "
             f"{result['memory']}), {result['peak_disk_bytes'] / 1e9:.2f} GB of disk for a DATASET "
             f"of {result['dataset_bytes'] / 1e9:.2f} GB\n"
