@@ -102,9 +102,9 @@ def test_names_are_no_patterns(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path = tmp_path / os.fsdecode(b"d\xe9.txt")
     path.touch()
-    with pytest.raises(UserError, match=r"'caf\\udce9\.txt' is not UTF-8"):
+    with pytest.raises(UserError, match=r"'d\\udce9\.txt' is not UTF-8"):
         find_source(path, PrepareConfig())
 
 
