@@ -1,8 +1,17 @@
-"""Made-up rows in Criteo's format."""
+"""Made-up rows in Criteo's format, and a process that prepares them as it is told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,3 +39,50 @@ def made_up_lines() -> MadeUpLines:
         return b"".join(lines)
 
     return make
+
+
+@pytest.fixture
+def quick_path() -> Iterator[Path]:
+    """A folder for many small files, in memory where there is room for them."""
+    memory = Path("/dev/shm")
+    has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 50 << 20
+    with tempfile.TemporaryDirectory(dir=memory if has_room else None) as folder:
+        yield Path(folder)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a preparation ended."""
+
+    status: int
+    """As of the command; -9: killed."""
+    said: str
+    """On standard output and error."""
+
+
+class Warm:
+    """Prepares in forks of one warm process, as requests say (``interrupted.py``)."""
+
+    def __init__(self) -> None:
+        driver = Path(__file__).parent / "interrupted.py"
+        self._process = subprocess.Popen(
+            [sys.executable, str(driver)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, **request: Any) -> Answer:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(request, default=str) + "\n")
+        self._process.stdin.flush()
+        return Answer(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A function that prepares in a process of its own, which may be told to fail."""
+    process = Warm()
+    yield process
+    process.close()

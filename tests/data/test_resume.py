@@ -11,11 +11,9 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,40 +28,14 @@ from dlrm.data.synthetic import synthesize
 from dlrm.data.verification import verify
 from dlrm.errors import UserError
 
-DRIVER = Path(__file__).parent / "interrupted.py"
+Warm = Callable[..., Any]
+Answer = Any
 KILLED = -9
 
 
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    said: str
-
-
-class Warm:
-    """Prepares in forks of one warm process."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, **request: Any) -> Answer:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps(request, default=str) + "\n")
-        self._process.stdin.flush()
-        return Answer(**json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    process = Warm()
-    yield process
-    process.close()
+@pytest.fixture
+def tmp_path(quick_path: Path) -> Path:
+    return quick_path
 
 
 def lines_of_equal_length(rows: int, seed: int = 0) -> bytes:
@@ -326,7 +298,7 @@ def test_killed_at_random_moments(
     source = tmp_path / "train.txt"
     source.write_bytes(made_up_lines(1000))
     request = {"source": source, "segment_rows": 200, "read_bytes": 20_000, "part_bytes": 50_000}
-    kill_at_random(warm, tmp_path, {**request, **NARROW, "config": EVERYTHING}, 5, seed=1)
+    kill_at_random(warm, tmp_path, {**request, "config": EVERYTHING}, 5, seed=1)
 
 
 @pytest.mark.long
