@@ -38,6 +38,7 @@ _VALUE_BYTES = 28
 _LEAST_BYTES = 48 << 20
 """Memory for a range, however little is left."""
 _BINS = 1 << 16
+_RUN_VALUES = 1 << 20
 _END_OF_VALUES = 1 << 32
 _LARGEST_TABLE = 2**31 - 1
 
@@ -96,9 +97,10 @@ def fit_feature(
             _mark(generations, _distinct(generations, low, high), config.min_frequency)
         known = 0
         for generation in generations:
-            marked = np.flatnonzero(generation.ids == _MARKED)
-            generation.ids[marked] = np.arange(known, known + len(marked), dtype=np.int64)
-            known += len(marked)
+            for run in _runs(generation.ids):
+                marked = np.flatnonzero(run == _MARKED)
+                run[marked] = np.arange(known, known + len(marked), dtype=np.int64)
+                known += len(marked)
     else:
         known = len(generations[0].ids)
         generations[0].ids[:] = np.arange(known)
@@ -121,9 +123,10 @@ def fit_feature(
     other_id = known if has_other else -1
     if mapped:
         for number, generation in enumerate(generations):
-            ids = np.where(generation.ids < 0, np.int32(other_id), generation.ids)
+            for run in _runs(generation.ids):
+                run[run < 0] = other_id
             with atomic_write(map_file(work, feature, number)) as file:
-                np.save(file, ids)
+                np.save(file, generation.ids)
     for generation in generations:
         generation.discard()
     fitted = FittedFeature(num_embeddings, checksum, other_id, mapped)
@@ -273,6 +276,11 @@ def _generations(
     return generations
 
 
+def _runs(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Return views of an array, short enough that what is made of one takes little memory."""
+    return (array[start : start + _RUN_VALUES] for start in range(0, len(array), _RUN_VALUES))
+
+
 def _ranges(generations: Sequence[_Generation], entries: int) -> list[tuple[int, int]]:
     """Cut the values into ranges of at most so many entries, or as few as a bin has."""
     total = sum(len(generation.values) for generation in generations)
@@ -281,7 +289,8 @@ def _ranges(generations: Sequence[_Generation], entries: int) -> list[tuple[int,
     width = _END_OF_VALUES // _BINS
     per_bin = np.zeros(_BINS, np.int64)
     for generation in generations:
-        per_bin += np.bincount(generation.values // width, minlength=_BINS)
+        for run in _runs(generation.values):
+            per_bin += np.bincount(run // width, minlength=_BINS)
     ranges, low, taken = [], 0, 0
     for bin_, count in enumerate(per_bin.tolist()):
         if taken and taken + count > entries:
