@@ -91,7 +91,7 @@ _DEFAULTS = PrepareConfig()
 _HEAD_BYTES = 1 << 20
 _LONGEST_NAME = 240
 """Of a DATASET: the hidden names beside it are a little longer."""
-_RESERVED_BYTES = 520 << 20
+_RESERVED_BYTES = 700 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
 _WORKER_BYTES = 240 << 20
 """What making one run or part takes, about."""
