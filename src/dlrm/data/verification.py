@@ -34,8 +34,8 @@ def verify(dataset: Dataset, *, workers: int = 0) -> Verification:
         workers: On how many threads, each of which takes some 40 MB; 0: as many as there are cores.
 
     Checksums and lengths of parts and vocabularies, types, ranges of ids and labels, the number of
-    rows and of clicks of each split, and that each vocabulary numbers its values one to one, below
-    ``num_embeddings``.
+    rows and of clicks of each split and in all, and that each vocabulary numbers its values one to
+    one, below ``num_embeddings``.
 
     Raises:
         UserError: The first file that is not as it should be.
@@ -66,6 +66,16 @@ def verify(dataset: Dataset, *, workers: int = 0) -> Verification:
                     f"split, got {got}. Prepare the dataset again."
                 )
         rates[split] = stored.clicks / stored.rows if stored.rows else float("nan")
+    manifest = dataset.manifest
+    for what, days, expected in (
+        ("rows", manifest.days, sum(split.rows for split in manifest.splits.values())),
+        ("clicks", manifest.day_clicks, sum(split.clicks for split in manifest.splits.values())),
+    ):
+        if days and sum(days) != expected:
+            raise UserError(
+                f"{dataset.path / 'manifest.json'}: expected {expected} {what} on all days, as in "
+                f"all splits, got {sum(days)}. Prepare the dataset again."
+            )
     rows = {split: dataset.rows(split) for split in SPLITS}
     return Verification(rows, rates, len(parts), len(features))
 
