@@ -292,3 +292,42 @@ def test_every_option_gives_what_it_says(
     require_equal(prepared, expected, config)
     require_encoder_agrees(prepared, files, expected)
     assert len(prepared.manifest.splits["train"].parts) > 1 or sum(expected.days) < 40
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (
+            "dataset-1.1",
+            PrepareConfig(
+                vocabulary="train",
+                min_frequency=2,
+                data_sub_sample_rate=0.3,
+                bad_rows="skip",
+                seed=5,
+            ),
+        ),
+        (
+            "dataset-1.1-hashed",
+            PrepareConfig(hash_buckets=10, max_ind_range=1000, shuffle="day"),
+        ),
+    ],
+)
+def test_a_dataset_of_version_1_1_is_read(name: str, config: PrepareConfig) -> None:
+    """Made by that version, from the made-up train.txt beside it; it must stay readable."""
+    content = (FIXTURES / "train.txt").read_bytes()
+    dataset = Dataset.open(FIXTURES / name)
+    assert dataset.manifest.format_version == dataset.schema.format_version == "1.1"
+    verify(dataset)
+    expected = prepared_plainly([content], config, "rows")
+    require_equal(dataset, expected, config)
+    require_encoder_agrees(dataset, [content], expected)
+    if config.bad_rows == "skip":
+        # The fourth line was made "not a row", and what was in it came after it.
+        assert dataset.manifest.rows_rejected == 1
+        assert dataset.manifest.rejected == {"fields": 1}
+        (example,) = dataset.manifest.rejected_examples
+        assert (example.file, example.line, example.reason) == ("train.txt", 4, "fields")
