@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gzip
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -673,6 +675,103 @@ def test_real_rows(shared_data: Path, tmp_path: Path) -> None:
     assert len(rows) == 10001
     assert rows.sparse.tolist() == ids
     assert dataset.schema.num_embeddings == tuple(map(len, vocabularies))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_real_day_of_the_terabyte_logs(shared_data: Path, tmp_path: Path, packed: bool) -> None:
+    content = (shared_data / "criteo" / "terabyte" / "day_0").read_bytes()
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    source = folder / ("day_0.gz" if packed else "day_0")
+    source.write_bytes(gzip.compress(content, 1) if packed else content)
+    with pytest.raises(UserError, match="is a single day, of which nothing is held back"):
+        prepare(folder, tmp_path / "dataset")
+    config = PrepareConfig(split="rows", shuffle="none")
+    dataset = prepare(folder, tmp_path / "dataset", config)
+    ids, vocabularies = numbered(content)
+    fields = [line.split(b"\t") for line in content.splitlines()]
+    rows = in_file_order(dataset)
+    assert rows.labels.tolist() == [int(row[0]) for row in fields]
+    assert rows.dense.tolist() == [[max(0, int(x or b"0")) for x in row[1:14]] for row in fields]
+    assert rows.sparse.tolist() == ids
+    assert dataset.schema.num_embeddings == tuple(map(len, vocabularies))
+    assert dataset.manifest.days == (1429, 1429, 1429, 1429, 1428, 1428, 1428)
+    assert sum(dataset.manifest.day_clicks) == 265  # 2.65 %
+    (made_from,) = dataset.manifest.sources
+    assert (made_from.name, made_from.bytes) == (source.name, source.stat().st_size)
+    assert made_from.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    # All of it trains.
+    everything = prepare(source, tmp_path / "all", PrepareConfig(split="none", shuffle="none"))
+    assert [everything.rows(split) for split in SPLITS] == [10000, 0, 0]
+    assert everything.manifest.days == (10000,)
+    assert stored(everything, "train").sparse.tolist() == ids
+
+
+def test_a_total_shuffle_keeps_every_real_row_and_spreads_them_evenly(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "PART_BYTES", 150_000)
+    source = shared_data / "criteo" / "kaggle"
+    plain = stored(prepare(source, tmp_path / "none", NO_SHUFFLE), "train")
+    dataset = prepare(source, tmp_path / "total", PrepareConfig(shuffle="total"))
+    shuffled = stored(dataset, "train")
+
+    def rows(of: Rows) -> list[tuple[object, ...]]:
+        return list(
+            zip(of.labels.tolist(), map(tuple, of.dense), map(tuple, of.sparse), strict=True)
+        )
+
+    before, after = rows(plain), rows(shuffled)
+    assert Counter(before) == Counter(after)
+    # Where each row that is the only one like it went: runs of rows against runs of places, and
+    # against parts.
+    only = [row for row, count in Counter(before).items() if count == 1]
+    assert len(only) > 8000
+    came_from = {row: place for place, row in enumerate(before)}
+    went_to = {row: place for place, row in enumerate(after)}
+    froms = [came_from[row] for row in only]
+    tos = [went_to[row] for row in only]
+    ends = np.cumsum([part.rows for part in dataset.manifest.splits["train"].parts])
+    assert len(ends) > 5
+    parts = np.searchsorted(ends, tos, side="right")
+    for places, bins in ((np.array(tos) * 10 // len(after), 10), (parts, len(ends))):
+        counts = np.histogram2d(np.array(froms) * 10 // len(before), places, bins=[10, bins])[0]
+        expected = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / len(only)
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        freedom = 9 * (bins - 1)
+        assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_malformed_rows_are_skipped_counted_and_described(
+    source: Path, tmp_path: Path, content: bytes
+) -> None:
+    expected = prepare(source, tmp_path / "whole", PrepareConfig())
+    lines = content.splitlines(keepends=True)
+    bad = [b"\n", lines[0][2:], b"2" + lines[0][1:], b"1\tx" + lines[0][lines[0].index(b"\t", 2) :]]
+    source.write_bytes(b"".join([bad[0], *lines[:50], bad[1], bad[2], *lines[50:], bad[3], bad[0]]))
+    with pytest.raises(UserError, match=r"train\.txt, line 1, "):
+        prepare(source, tmp_path / "strict", PrepareConfig())
+    config = PrepareConfig(bad_rows="skip", max_bad_rows=5)
+    dataset = prepare(source, tmp_path / "skipped", config)
+    assert dataset.manifest.splits == expected.manifest.splits
+    assert dataset.schema == expected.schema
+    assert dataset.manifest.rows_rejected == 5
+    assert dataset.manifest.rejected == {"blank": 2, "fields": 1, "integer": 1, "label": 1}
+    examples = dataset.manifest.rejected_examples
+    assert [(each.file, each.line, each.reason) for each in examples] == [
+        ("train.txt", 1, "blank"),
+        ("train.txt", 52, "fields"),
+        ("train.txt", 53, "label"),
+        ("train.txt", 104, "integer"),
+        ("train.txt", 105, "blank"),
+    ]
+    assert str(tmp_path) not in (dataset.path / "manifest.json").read_text()
+
+    path = tmp_path / "few"
+    with pytest.raises(UserError, match=r"there are 5 malformed rows, and --max-bad-rows is 4\."):
+        prepare(source, path, PrepareConfig(bad_rows="skip", max_bad_rows=4))
+    assert not path.exists()
+    assert not path.with_name(".few.work").exists()
 
 
 def test_a_dataset_of_version_1_is_read() -> None:

@@ -65,6 +65,7 @@ Config = dict[str, Any]
 Request = dict[str, Any]
 EVERYTHING: Config = {"vocabulary": "train", "min_frequency": 2, "data_sub_sample_rate": 0.3}
 HASHED: Config = {"hash_buckets": 50, "shuffle": "none"}
+SKIPPING: Config = {"shuffle": "reference-day", "bad_rows": "skip", "max_bad_rows": 9}
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +97,14 @@ def sources(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Requests to prepare each kind of source."""
     days = tmp_path_factory.mktemp("days")
     for day, rows in enumerate((40, 20, 31)):
-        content = lines_of_equal_length(rows, seed=day + 1)
+        lines = lines_of_equal_length(rows, seed=day + 1).splitlines(keepends=True)
+        content = b"".join([b"\n", *lines[:15], b"1\t\n", *lines[15:], b"no row\n"])
         (days / f"day_{day}.gz").write_bytes(gzip.compress(content))
     prepared = tmp_path_factory.mktemp("prepared")
     write_prepared(prepared)
     return {
         "rows": {**SMALL, **NARROW, "source": source, "config": EVERYTHING},
-        "packed days": {**SMALL, "source": days, "config": {"shuffle": "reference-day"}},
+        "packed days": {**SMALL, "source": days, "config": SKIPPING},
         "pipe": {**SMALL, "source": "-", "stdin": source, "config": HASHED},
         "prepared": {**SMALL, "source": prepared, "config": {"shuffle": "day"}},
     }
