@@ -504,7 +504,11 @@ def test_what_came_through_a_pipe_is_read_only_once(
     dataset = tmp_path / "here" / "dataset"
     dataset.parent.mkdir()
     place = events.index("after replace .dataset.work/source.spool") + 1
-    assert warm(**request, dataset=dataset, kill_at=place).status == KILLED
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', request["stdin"], pipe]):
+        answer = warm(**{**request, "stdin": pipe}, dataset=dataset, kill_at=place)
+    assert answer.status == KILLED
     # Another command: it is told of the options, and standard input is left alone.
     nothing = {**request, "stdin": "/dev/null"}
     answer = warm(**{**nothing, "config": {"days": [1]}}, dataset=dataset)
