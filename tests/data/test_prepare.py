@@ -729,13 +729,13 @@ def test_a_total_shuffle_keeps_every_real_row_and_spreads_them_evenly(
     assert len(only) > 8000
     came_from = {row: place for place, row in enumerate(before)}
     went_to = {row: place for place, row in enumerate(after)}
-    froms = [came_from[row] for row in only]
-    tos = [went_to[row] for row in only]
+    origins = [came_from[row] for row in only]
+    targets = [went_to[row] for row in only]
     ends = np.cumsum([part.rows for part in dataset.manifest.splits["train"].parts])
     assert len(ends) > 5
-    parts = np.searchsorted(ends, tos, side="right")
-    for places, bins in ((np.array(tos) * 10 // len(after), 10), (parts, len(ends))):
-        counts = np.histogram2d(np.array(froms) * 10 // len(before), places, bins=[10, bins])[0]
+    parts = np.searchsorted(ends, targets, side="right")
+    for places, bins in ((np.array(targets) * 10 // len(after), 10), (parts, len(ends))):
+        counts = np.histogram2d(np.array(origins) * 10 // len(before), places, bins=[10, bins])[0]
         expected = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / len(only)
         statistic = ((counts - expected) ** 2 / expected).sum()
         freedom = 9 * (bins - 1)
