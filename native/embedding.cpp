@@ -1,6 +1,7 @@
 // Embedding bags and how their vectors meet the dense one: forward, backward, update of the tables.
 
 #include "arguments.h"
+#include "operators.h"
 
 #include <ATen/Parallel.h>
 
@@ -16,6 +17,8 @@ namespace {
 int64_t pairs_of(int64_t vectors, bool itself) {
   return itself ? vectors * (vectors + 1) / 2 : vectors * (vectors - 1) / 2;
 }
+
+}  // namespace
 
 void embed_interact(const at::Tensor& dense_vector, const at::Tensor& arena,
                     const at::Tensor& first_rows, const at::Tensor& ids,
@@ -49,6 +52,8 @@ void embed_interact(const at::Tensor& dense_vector, const at::Tensor& arena,
     }
   });
 }
+
+namespace {
 
 void embed_interact_backward(const at::Tensor& vectors, const at::Tensor& gradient, int64_t rows,
                              int64_t features, bool dot, bool itself, int64_t first_row,

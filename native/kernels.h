@@ -73,8 +73,9 @@ struct Kernels {
   const char* name;
   int64_t panel;  // kPanel
 
-  // Outputs [begin, end) for so many panels, or for the first half of the rows of each.
-  void (*linear)(const Linear& layer, int64_t begin, int64_t end, int64_t panels, bool half);
+  // Outputs [begin, end) for so many panels. Of a single panel the first so many rows suffice; for
+  // one there must be a bias and no mask.
+  void (*linear)(const Linear& layer, int64_t begin, int64_t end, int64_t panels, int64_t rows);
 
   // The rows [begin, end) of W (rows, columns) become columns of its transpose.
   void (*transpose)(const float* matrix, float* transposed, int64_t rows, int64_t columns,

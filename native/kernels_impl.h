@@ -94,8 +94,57 @@ void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t pan
   });
 }
 
-void linear(const Linear& layer, int64_t begin, int64_t end, int64_t panels, bool half) {
-  if (half) return linear_outputs<1>(layer, begin, end, panels);
+// The first row of a panel alone, a lane an output: what linear_outputs does for a vector of rows
+// costs one row as much. Every output is summed in the same order, to the same bits.
+void linear_row(const Linear& layer, int64_t begin, int64_t end) {
+  int64_t row = begin;
+#if defined(__AVX2__)
+  constexpr int kSquares = 4;
+  constexpr int64_t kOutputs = kSquares * kSquare;
+  for (; row + kOutputs <= end; row += kOutputs) {
+    const float* matrix = layer.matrix + row * layer.in;
+    __m256 sums[kSquares];
+#pragma GCC unroll 4
+    for (int s = 0; s < kSquares; ++s) sums[s] = _mm256_loadu_ps(layer.bias + row + s * kSquare);
+    for (int64_t first = 0; first < layer.in; first += kTerms) {
+      const int64_t last = smaller(first + kTerms, layer.in);
+      __m256 terms[kSquares]{};
+      int64_t k = first;
+      for (; k + kSquare <= last; k += kSquare) {
+#pragma GCC unroll 4
+        for (int s = 0; s < kSquares; ++s) {
+          for_columns([&](int i) { return matrix + (s * kSquare + i) * layer.in + k; },
+                      [&](int j, __m256 column) {
+                        terms[s] += column * _mm256_set1_ps(layer.x[(k + j) * kPanel]);
+                      });
+        }
+      }
+      for (; k < last; ++k) {
+        const __m256 factor = _mm256_set1_ps(layer.x[k * kPanel]);
+#pragma GCC unroll 4
+        for (int s = 0; s < kSquares; ++s) {
+          __m256 column;
+          for (int i = 0; i < 8; ++i) column[i] = matrix[(s * kSquare + i) * layer.in + k];
+          terms[s] += column * factor;
+        }
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < kSquares; ++s) sums[s] += terms[s];
+    }
+    for (int64_t i = 0; i < kOutputs; ++i) {
+      const Vector sum{sums[i / kSquare][i % kSquare]};
+      float* to = layer.y + (row + i) * kPanel;
+      store(to, layer.relu ? where_positive(sum, sum) : sum);
+      store(to + kWidth, Vector{});
+    }
+  }
+#endif
+  linear_outputs<1>(layer, row, end, 1);
+}
+
+void linear(const Linear& layer, int64_t begin, int64_t end, int64_t panels, int64_t rows) {
+  if (rows == 1) return linear_row(layer, begin, end);
+  if (rows <= kWidth) return linear_outputs<1>(layer, begin, end, panels);
   linear_outputs<2>(layer, begin, end, panels);
 }
 

@@ -1,6 +1,7 @@
 // Stacks of fully connected layers, in the panels of kernels.h: forward, backward, update.
 
 #include "arguments.h"
+#include "operators.h"
 
 #include <ATen/Parallel.h>
 
@@ -58,6 +59,8 @@ void for_tasks(int64_t tasks, const F& f) {
   });
 }
 
+}  // namespace
+
 void to_panels(const at::Tensor& rows, at::Tensor& panels) {
   const int64_t count = rows.size(0), features = rows.size(1), width = kernels().panel;
   const float* from = read(rows, {count, features}, "rows");
@@ -93,11 +96,11 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
     return Linear{weight, bias, nullptr, from + panel * in * width, output[l] + panel * out * width,
                   in,     out,  relu_last || l + 1 < layers.size()};
   };
-  const bool half = columns.empty() && rows <= width / 2;
+  const int64_t wanted = columns.empty() ? rows : panels * width;  // columns take whole panels
   if (columns.empty() && panels < at::get_num_threads()) {  // few rows: share out the outputs
     for (size_t l = 0; l < layers.size(); ++l) {
       at::parallel_for(0, layers[l].out, kOutputsAtOnce, [&](int64_t begin, int64_t end) {
-        kernel.linear(linear(l, 0), begin, end, panels, half);
+        kernel.linear(linear(l, 0), begin, end, panels, wanted);
       });
     }
     return;
@@ -105,13 +108,15 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
   for_panels(panels, [&](int64_t begin, int64_t end) {
     for (size_t l = 0; l < layers.size(); ++l) {
       const float* from = l == 0 ? input : output[l - 1];
-      kernel.linear(linear(l, begin), 0, layers[l].out, end - begin, half);
+      kernel.linear(linear(l, begin), 0, layers[l].out, end - begin, wanted);
       if (!column.empty()) {
         kernel.to_columns(from, column[l], layers[l].in, panels, begin, end);
       }
     }
   });
 }
+
+namespace {
 
 void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList inputs,
                   at::TensorList transposed, at::TensorList gradients,
@@ -168,7 +173,7 @@ void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList 
                             out,
                             in,
                             false};
-      kernel.linear(backward, 0, in, end - begin, false);
+      kernel.linear(backward, 0, in, end - begin, panels * width);
     }
   });
 }

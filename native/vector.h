@@ -60,10 +60,10 @@ inline float sum_of(Vector value) {
 
 constexpr int64_t kSquare = 8;
 
-// to[j][i] = from[i][j] for 8 rows of 8, each row by its own address.
-template <typename From, typename To>
-inline void transpose_square(From from, To to) {
 #if defined(__AVX2__)
+// Calls take(j, column j) for j = 0 … 7, in this order, of 8 rows of 8, each by its own address.
+template <typename From, typename Take>
+inline void for_columns(From from, Take take) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from(i));
   for (int i = 0; i < 8; i += 2) {
@@ -76,10 +76,16 @@ inline void transpose_square(From from, To to) {
     a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
     a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
   }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to(i), _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(to(i + 4), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
+  for (int i = 0; i < 4; ++i) take(i, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i) take(i + 4, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+}
+#endif
+
+// to[j][i] = from[i][j] for 8 rows of 8, each row by its own address.
+template <typename From, typename To>
+inline void transpose_square(From from, To to) {
+#if defined(__AVX2__)
+  for_columns(from, [&](int j, __m256 column) { _mm256_storeu_ps(to(j), column); });
 #else
   for (int i = 0; i < 8; ++i) {
     for (int j = 0; j < 8; ++j) to(j)[i] = from(i)[j];

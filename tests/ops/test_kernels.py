@@ -160,6 +160,21 @@ bags = pytest.mark.parametrize("kind", ["one id", "bags", "bags with weights"])
 FIRST_ROWS = torch.tensor([0, *TABLES[:-1]]).cumsum(0)
 
 
+@pytest.mark.parametrize("rows", [1, 40, 2047, 2049, 4100])
+@pytest.mark.parametrize(("dot", "itself"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("kind", ["one id", "bags"])
+def test_forward(rows: int, dot: bool, itself: bool, kind: str, width: int) -> None:
+    dim, count = 9, len(TABLES) + 1
+    pairs = count * (count + 1) // 2 if itself else count * (count - 1) // 2
+    dense, over = mlp(3, 20, dim), mlp(dim + pairs if dot else count * dim, 10, 1)
+    ids, offsets, _ = make_bags(rows, kind)
+    arena = torch.randn(sum(TABLES), dim) / 10
+    compare(
+        "forward",
+        *(torch.randn(rows, 3), ids, offsets, arena, FIRST_ROWS, *dense, *over, dot, itself),
+    )
+
+
 @bags
 @pytest.mark.parametrize("dim", [1, 3, 16, 17, 64, 128])
 @pytest.mark.parametrize("itself", [False, True])

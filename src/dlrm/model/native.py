@@ -3,8 +3,8 @@
 Activations lie in panels: (panels, features, P), where P rows of a batch (``panel_rows``) stand
 side by side, feature by feature, and the last panel is filled up with zeros; native/kernels.h says
 why.
-A batch goes through in parts of ``PART_ROWS``, so that a part's activations stay in the cache and
-memory does not grow with the batch.
+A batch is trained on in parts of ``PART_ROWS``, so that memory does not grow with the batch.
+Scoring, which keeps no activations, is one operator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dlrm.model.dlrm import DLRM
 from dlrm.model.mlp import MLP
 from dlrm.ops.library import library
 
-PART_ROWS = 256
+PART_ROWS = 2048
 """A multiple of every instruction set's panel."""
 
 
@@ -56,7 +56,7 @@ class Stack:
 class Activations:
     """What a forward pass over a part computes; buffers that are used again for the next part."""
 
-    def __init__(self, forward: NativeForward, panels: int, columns: bool) -> None:
+    def __init__(self, forward: NativeForward, panels: int) -> None:
         self._panels = panels
         self._width = torch.ops.dlrm.panel_rows()
         dense, over, model = forward.dense, forward.over, forward.model
@@ -67,8 +67,8 @@ class Activations:
         dot = model.config.interaction == "dot"
         self.interactions = self.panel(over.in_sizes[0]) if dot else self.vectors
         self.over_outputs = [self.panel(size) for size in over.out_sizes]
-        self.dense_columns = [self._columns(size) for size in dense.in_sizes if columns]
-        self.over_columns = [self._columns(size) for size in over.in_sizes if columns]
+        self.dense_columns = [self._columns(size) for size in dense.in_sizes]
+        self.over_columns = [self._columns(size) for size in over.in_sizes]
 
     def panel(self, features: int) -> Tensor:
         """Return room for so many features of a part's rows."""
@@ -84,17 +84,15 @@ class NativeForward:
 
     Args:
         model: Its weights are read at every call, wherever they have moved meanwhile.
-        columns: Whether activations are kept as columns too, which the weights' gradients need.
     """
 
-    def __init__(self, model: DLRM, *, columns: bool = False) -> None:
+    def __init__(self, model: DLRM) -> None:
         assert supports(model)[0]
         self.model = model
         self.arena = model.sparse_arch.arena.detach()
         self.first_rows = model.sparse_arch.first_rows
         self.dense = Stack(model.dense_arch)
         self.over = Stack(model.over_arch)
-        self._columns = columns
         self._itself = model.config.interaction_itself
         self._dot = model.config.interaction == "dot"
         self._width = torch.ops.dlrm.panel_rows()
@@ -159,13 +157,22 @@ class NativeForward:
         """Return the buffers for a part of so many rows."""
         panels = math.ceil(rows / self._width)
         if panels not in self._activations:
-            self._activations[panels] = Activations(self, panels, self._columns)
+            self._activations[panels] = Activations(self, panels)
         return self._activations[panels]
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits, (B,), of a batch of any size."""
-        logits = torch.empty(len(batch))
-        for start, part in self.parts(batch):
-            rows = len(part)
-            logits[start : start + rows] = self(part).over_outputs[-1].view(-1)[:rows]
+        logits: Tensor = torch.ops.dlrm.forward(
+            batch.dense_features,
+            batch.sparse_features,
+            batch.offsets,
+            self.arena,
+            self.first_rows,
+            self.dense.weights,
+            self.dense.biases,
+            self.over.weights,
+            self.over.biases,
+            self._dot,
+            self._itself,
+        )
         return logits

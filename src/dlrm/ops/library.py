@@ -52,7 +52,7 @@ def library() -> Library:
 
 
 def _register_fakes() -> None:
-    """Tell PyTorch's tracers what the kernels return: one a scalar, the others nothing."""
+    """Tell PyTorch's tracers what the kernels return; most write to their arguments instead."""
     for name in (
         "advise_huge_pages",
         "to_panels",
@@ -67,4 +67,8 @@ def _register_fakes() -> None:
     torch.library.register_fake(
         "dlrm::loss_gradient",
         lambda logits, *_arguments: logits.new_empty((), dtype=torch.float64),
+    )
+    torch.library.register_fake(
+        "dlrm::forward",
+        lambda dense_features, *_arguments: dense_features.new_empty(len(dense_features)),
     )

@@ -282,6 +282,49 @@ def loss_gradient(
     return total.detach()
 
 
+def forward(
+    dense_features: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    arena: Tensor,
+    first_rows: Tensor,
+    dense_weights: Sequence[Tensor],
+    dense_biases: Sequence[Tensor],
+    over_weights: Sequence[Tensor],
+    over_biases: Sequence[Tensor],
+    dot: bool,
+    itself: bool,
+) -> Tensor:
+    """Return the logits, (B,), of a model.
+
+    Args:
+        dense_features: (B, number of dense features).
+        ids: See ``embed_interact``, as of the next three.
+        offsets: Likewise.
+        arena: Likewise.
+        first_rows: Likewise.
+        dense_weights: Of the layers that the dense features go through, each with ReLU.
+        dense_biases: Likewise.
+        over_weights: Of those that the interactions go through, all but the last with ReLU.
+        over_biases: Likewise.
+        dot: Whether vectors meet in products; else they go on side by side.
+        itself: Whether each vector's product with itself is included.
+    """
+    rows, vectors = len(dense_features), (len(first_rows) + 1) * arena.shape[1]
+    outputs = [torch.empty(1, len(weight), rows) for weight in dense_weights]
+    x = panels_of(dense_features, rows)
+    mlp_forward(x, rows, dense_weights, dense_biases, True, outputs, [])
+    joined = torch.empty(1, vectors, rows)
+    interactions = torch.empty(1, over_weights[0].shape[1], rows) if dot else None
+    embed_interact(
+        outputs[-1], arena, first_rows, ids, offsets, None, rows, itself, joined, interactions
+    )
+    outputs = [torch.empty(1, len(weight), rows) for weight in over_weights]
+    x = joined if interactions is None else interactions
+    mlp_forward(x, rows, over_weights, over_biases, False, outputs, [])
+    return outputs[-1].view(-1)
+
+
 def _occurrences(
     first_rows: Tensor, ids: Tensor, offsets: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class NativeStep:
         self.optimizer = optimizer
         self.loss = loss
         self.reason = reason
-        self._forward = NativeForward(model, columns=True)
+        self._forward = NativeForward(model)
         self._rule = RULES[optimizer.config.optimizer]
         self._loss = LOSSES[loss.loss]
         self._dot = model.config.interaction == "dot"
