@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm.ops.library import library
+from dlrm.ops.library import advise_huge_pages
 from dlrm.ops.rounding import NARROW
 
 
@@ -44,8 +44,7 @@ class SparseArch(nn.Module):
         self.num_embeddings = tuple(num_embeddings)
         rows = torch.tensor([0, *num_embeddings]).cumsum(0)
         arena = torch.empty(int(rows[-1]), embedding_dim, dtype=dtype, device=device)
-        if arena.device.type == "cpu" and library().loaded:
-            torch.ops.dlrm.advise_huge_pages(arena)
+        advise_huge_pages(arena)
         self.is_narrow = dtype in NARROW
         self.arena = nn.Parameter(arena, requires_grad=not self.is_narrow)
         # Looks up vectors in training instead, and updates the arena when gradients arrive.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dlrm.ops.stamp import make_stamp
 
@@ -49,6 +50,16 @@ def library() -> Library:
         return Library(False, f"the native kernels cannot be loaded: {error}. {_REBUILD}")
     _register_fakes()
     return Library(True, "the native kernels are built and loaded")
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask for large pages where a large tensor lies, before it is touched.
+
+    Rows of tables are touched in no order, and each small page costs a fault the first time, and a
+    search for its address most other times.
+    """
+    if tensor.device.type == "cpu" and library().loaded:
+        torch.ops.dlrm.advise_huge_pages(tensor)
 
 
 def _register_fakes() -> None:

@@ -16,6 +16,7 @@ from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM
 from dlrm.model.fused_tables import FusedTables
 from dlrm.model.mlp import MLP
+from dlrm.ops.library import advise_huge_pages
 from dlrm.ops.rounding import random_bits, round_stochastically
 
 EPSILON = 1e-10  # torch.optim.Adagrad's; outside the root
@@ -83,6 +84,8 @@ class Optimizer:
             self.accumulator = torch.zeros_like(arena, dtype=precise, requires_grad=False)
         elif config.optimizer == "rowwise_adagrad":
             self.accumulator = torch.zeros(arena.shape[0], device=arena.device)
+        if self.accumulator is not None:
+            advise_huge_pages(self.accumulator)
 
     def dense_sums(self, mlp: MLP) -> tuple[list[Tensor], list[Tensor]]:
         """Return the sums of squares of an MLP's weights and biases, by layer; nothing for SGD."""
