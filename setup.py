@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import runpy
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,7 +75,7 @@ class BuildNative(build_ext):
         objects = Path(self.build_temp).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        compiler = [os.environ.get("CXX") or self.compiler.compiler_cxx[0]]
+        compiler = shlex.split(os.environ.get("CXX") or self.compiler.compiler_cxx[0])
 
         def compile_one(source: Path) -> str:
             output = str(objects / f"{source.stem}.o")

@@ -4,8 +4,11 @@
 
 #include <torch/library.h>
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 
 #include "kernels.h"
@@ -34,8 +37,22 @@ inline int64_t panels_of(int64_t rows) {
   return (rows + panel - 1) / panel;
 }
 
-// Bags over the tensors of an operator's arguments, which must outlive it. Where ids point to is
-// the caller's to check: readers of data do, once.
+inline Update update_of(int64_t rule, double rate, double epsilon) {
+  TORCH_CHECK(rule >= 0 && rule <= 2, "dlrm: there is no rule ", rule);
+  return {static_cast<Rule>(rule), static_cast<float>(rate), static_cast<float>(epsilon)};
+}
+
+// Calls f(task) for all tasks; each thread takes the next when it is free.
+template <typename F>
+void for_tasks(int64_t tasks, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) f(task);
+  });
+}
+
+// Bags over the tensors of an operator's arguments, which must outlive it. Where ids point to and
+// that offsets rise is the caller's to check: readers of data do, once.
 inline Bags bags_of(const at::Tensor& ids, const std::optional<at::Tensor>& offsets,
                     const std::optional<at::Tensor>& weights, const at::Tensor& first_rows,
                     int64_t rows) {

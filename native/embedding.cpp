@@ -3,10 +3,7 @@
 #include "arguments.h"
 #include "operators.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -146,8 +143,7 @@ void tables_update(const at::Tensor& bag_gradients, const at::Tensor& first_rows
   const Bags bags = bags_of(ids, offsets, weights, first_rows, rows);
   const float* gradients = read(bag_gradients, {bags.features, rows, dim}, "bag_gradients");
   float* table = write(arena, {all, dim}, "arena");
-  const Update update{static_cast<Rule>(rule), static_cast<float>(rate),
-                      static_cast<float>(epsilon)};
+  const Update update = update_of(rule, rate, epsilon);
   const bool adaptive = update.rule != Rule::kSgd;
   const int64_t sum_dim = update.rule == Rule::kRowwiseAdagrad ? 1 : dim;
   TORCH_CHECK(!adaptive || sums, "dlrm: sums are missing");
@@ -155,36 +151,32 @@ void tables_update(const at::Tensor& bag_gradients, const at::Tensor& first_rows
   if (update.rule == Rule::kRowwiseAdagrad) sum = write(*sums, {all}, "sums");
   if (update.rule == Rule::kAdagrad) sum = write(*sums, {all, dim}, "sums");
   // A table is one thread's, so that the order of additions does not depend on the threads.
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(bags.features, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  for_tasks(bags.features, [&](int64_t f) {
     static thread_local Numbering numbering;
     static thread_local std::vector<float> summed;
-    for (int64_t f = next++; f < bags.features; f = next++) {
-      const float* gradient = gradients + f * rows * dim;
-      if (!adaptive) {
-        for_ids(bags, f, rows, [&](int64_t row, int64_t b, float weight) {
-          kernel.add_scaled(table + row * dim, gradient + b * dim, -update.rate * weight, dim);
-        });
-        continue;
-      }
-      // An adaptive rule squares gradients, so those of one row are summed first.
-      const int64_t most =
-          bags.offsets ? bags.offsets[rows * bags.features] : rows;  // ids of this table
-      numbering.restart(most);
-      summed.clear();
+    const float* gradient = gradients + f * rows * dim;
+    if (!adaptive) {
       for_ids(bags, f, rows, [&](int64_t row, int64_t b, float weight) {
-        const size_t at = numbering.number(row) * dim;
-        if (at == summed.size()) {
-          summed.resize(at + dim, 0);
-          __builtin_prefetch(sum + row * sum_dim, 1);
-        }
-        kernel.add_scaled(&summed[at], gradient + b * dim, weight, dim);
+        kernel.add_scaled(table + row * dim, gradient + b * dim, -update.rate * weight, dim);
       });
-      for (size_t i = 0; i < numbering.rows().size(); ++i) {
-        const int64_t row = numbering.rows()[i];
-        kernel.row_update(table + row * dim, sum + row * sum_dim, &summed[i * dim], dim, update);
+      return;
+    }
+    // An adaptive rule squares gradients, so those of one row are summed first.
+    int64_t most = 0;
+    for_ids(bags, f, rows, [&](int64_t, int64_t, float) { ++most; });
+    numbering.restart(most);
+    summed.clear();
+    for_ids(bags, f, rows, [&](int64_t row, int64_t b, float weight) {
+      const size_t at = numbering.number(row) * dim;
+      if (at == summed.size()) {
+        summed.resize(at + dim, 0);
+        __builtin_prefetch(sum + row * sum_dim, 1);
       }
+      kernel.add_scaled(&summed[at], gradient + b * dim, weight, dim);
+    });
+    for (size_t i = 0; i < numbering.rows().size(); ++i) {
+      const int64_t row = numbering.rows()[i];
+      kernel.row_update(table + row * dim, sum + row * sum_dim, &summed[i * dim], dim, update);
     }
   });
 }

@@ -1,7 +1,7 @@
 // The kernels of a training step, compiled once for each instruction set.
 //
-// A kernel works on plain pointers in the calling thread; step_*.cpp spread work over threads and
-// check arguments. Every element is computed by one thread in one order, whatever the number of
+// A kernel works on plain pointers in the calling thread; the operators (mlp.cpp, embedding.cpp …) spread work
+// over threads and check arguments. Every element is computed by one thread in one order, whatever the number of
 // threads, so the bits of a result do not depend on it.
 //
 // Layouts. With B rows, activations are stored as *panels* of kPanel rows, feature by feature:
@@ -11,8 +11,9 @@
 //
 // Panels make any product with a weight matrix W (out, in) a sum of a broadcast element of W times
 // two vectors: W is read as it lies, row by row, and nothing is packed. The weights' gradient sums
-// over rows instead of features, and reads its inputs as columns. The last panel is filled up with
-// rows of zeros.
+// over rows instead of features, and reads its inputs as columns. The last panel is filled up:
+// inputs and bags with zeros, so that nothing in it overflows; what layers make of these is nobody's,
+// and the gradients of its outputs are zero.
 
 #pragma once
 
@@ -109,8 +110,8 @@ struct Kernels {
   // target (+)= scale * source, over dim.
   void (*add_scaled)(float* target, const float* source, float scale, int64_t dim);
 
-  // Moves one row of a table along its gradient; sum is the row's (dim), or one number for
-  // row-wise Adagrad, or nullptr.
+  // Moves one row of a table along its gradient, by Adagrad; sum is the row's (dim), or one number
+  // for row-wise Adagrad.
   void (*row_update)(float* row, float* sum, const float* gradient, int64_t dim,
                      const Update& update);
 };

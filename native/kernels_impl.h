@@ -423,12 +423,7 @@ void row_update(float* row, float* sum, const float* gradient, int64_t dim,
   if (update.rule != Rule::kRowwiseAdagrad) {
     for (int64_t d = 0; d < dim; d += kWidth) {
       const int64_t n = smaller(kWidth, dim - d);
-      const Vector some = load_some(gradient + d, n);
-      if (update.rule == Rule::kSgd) {
-        move<false>(row + d, nullptr, some, n, update);
-      } else {
-        move<true>(row + d, sum + d, some, n, update);
-      }
+      move<true>(row + d, sum + d, load_some(gradient + d, n), n, update);
     }
     return;
   }

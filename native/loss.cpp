@@ -24,7 +24,8 @@ struct Point {
 // The arithmetic is in double, so that the sigmoid's rounding near 0 and 1 does not matter.
 Point at_logit(double logit, double label, Loss kind, double threshold) {
   const double probability = 1 / (1 + std::exp(-logit));
-  const bool clamped = threshold > 0 && !(probability >= threshold && probability <= 1 - threshold);
+  // Not-a-number is not clamped, so that a diverged loss stays visible.
+  const bool clamped = threshold > 0 && (probability < threshold || probability > 1 - threshold);
   if (kind == Loss::kCrossEntropy && !clamped) {
     // log(1 + exp(x)) - y x, without overflow.
     const double softplus = std::fmax(logit, 0) + std::log1p(std::exp(-std::fabs(logit)));
@@ -42,6 +43,7 @@ Point at_logit(double logit, double label, Loss kind, double threshold) {
 at::Tensor loss_gradient(const at::Tensor& logits, const at::Tensor& labels, int64_t kind,
                          double weight_0, double weight_1, double threshold, double scale,
                          at::Tensor& gradient) {
+  TORCH_CHECK(kind == 0 || kind == 1, "dlrm: there is no loss ", kind);
   const int64_t rows = labels.numel(), padded = panels_of(rows) * kernels().panel;
   const float* logit = read(logits, {panels_of(rows), 1, kernels().panel}, "logits");
   const float* label = read(labels, {rows}, "labels");

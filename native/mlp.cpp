@@ -3,10 +3,7 @@
 #include "arguments.h"
 #include "operators.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 namespace dlrm {
@@ -50,15 +47,6 @@ void for_panels(int64_t panels, const F& f) {
   });
 }
 
-// Calls f(task) for all tasks; each thread takes the next when it is free.
-template <typename F>
-void for_tasks(int64_t tasks, const F& f) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) f(task);
-  });
-}
-
 }  // namespace
 
 void to_panels(const at::Tensor& rows, at::Tensor& panels) {
@@ -78,6 +66,7 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
   const Kernels& kernel = kernels();
   const std::vector<Layer> layers = layers_of(weights, biases);
   const int64_t panels = x.size(0), width = kernel.panel;
+  TORCH_CHECK(panels == panels_of(rows), "dlrm: x has ", panels, " panels for ", rows, " rows");
   TORCH_CHECK(outputs.size() == layers.size() &&
                   (columns.empty() || columns.size() == layers.size()),
               "dlrm: as many outputs and columns as layers are needed");
@@ -190,16 +179,20 @@ void mlp_update(at::TensorList columns, at::TensorList gradients, at::TensorList
                 at::TensorList weight_gradients, at::TensorList bias_gradients, int64_t rule,
                 double rate, double epsilon, bool first, bool last) {
   const Kernels& kernel = kernels();
+  const std::vector<Layer> shapes = layers_of(weights, biases);
+  const size_t count = shapes.size();
+  TORCH_CHECK(columns.size() == count && gradients.size() == count,
+              "dlrm: as many columns and gradients as layers are needed");
   const int64_t width = kernel.panel, panels = gradients[0].size(0);
-  const bool adaptive = static_cast<Rule>(rule) != Rule::kSgd;
-  const Update update{static_cast<Rule>(rule), static_cast<float>(rate),
-                      static_cast<float>(epsilon)};
-  TORCH_CHECK(!adaptive || weight_sums.size() == weights.size(), "dlrm: sums are missing");
-  TORCH_CHECK((first && last) || weight_gradients.size() == weights.size(),
+  const Update update = update_of(rule, rate, epsilon);
+  const bool adaptive = update.rule != Rule::kSgd;
+  TORCH_CHECK(!adaptive || (weight_sums.size() == count && bias_sums.size() == count),
+              "dlrm: sums are missing");
+  TORCH_CHECK((first && last) ||
+                  (weight_gradients.size() == count && bias_gradients.size() == count),
               "dlrm: a batch of several parts needs gradients to carry");
   std::vector<LayerUpdate> layers;
   std::vector<std::pair<size_t, int64_t>> tasks;
-  const std::vector<Layer> shapes = layers_of(weights, biases);
   for (size_t l = 0; l < shapes.size(); ++l) {
     const int64_t in = shapes[l].in, out = shapes[l].out;
     LayerUpdate layer{};

@@ -14,14 +14,10 @@ from dlrm.bench import (
     made_up_batches,
     made_up_rows,
     model_config,
-    pairs_of,
 )
 from dlrm.cli import main, parse
-from dlrm.config import BenchTrainConfig, LossConfig, OptimizerConfig
+from dlrm.config import BenchTrainConfig
 from dlrm.errors import UserError
-from dlrm.model.dlrm import DLRM
-from dlrm.training.optimizer import Optimizer
-from dlrm.training.step import choose_step
 
 SMALL = BenchTrainConfig(max_table_rows=100, mini_batch_size=2048, pairs=1)
 
@@ -113,23 +109,6 @@ def test_batches_are_never_repeated() -> None:
     assert len(sums) == 6
     large = made_up_batches(schema, 60_000)  # more than a block of a DATASET
     assert len(next(large)) == 60_000
-
-
-def test_pairs_give_medians_of_all_but_the_first() -> None:
-    seconds = iter([9.0, 1.0, 2.0, 4.0])
-    share = pairs_of(lambda: None, lambda: next(seconds), rows=8, times=1, pairs=3)
-    assert (share.samples_per_second, share.pairs) == (4.0, 3)
-
-
-def test_a_step_is_measured() -> None:
-    schema = bench_schema(SMALL)
-    model = DLRM(schema, model_config(SMALL))
-    step = choose_step(model, Optimizer(model, OptimizerConfig()), LossConfig())
-    layers = layer_sizes(schema, model.config)
-    share = bench.step_share(step, layers, made_up_batches(schema, 50), pairs=3, steps=2)
-    assert share.pairs == 3
-    assert 0 < share.share_of_floor < 100
-    assert 0 < share.samples_per_second < 1e8
 
 
 def test_other_stages_are_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Measures training and scoring beside the machine's matrix multiplications, in one process.
+"""Measures training beside the machine's matrix multiplications, in one process.
 
 The floor is the time of the layers' matrix multiplications alone, with ``torch.mm(out=)``: forward
 and both gradients, none for the raw dense input; the width of the interaction is rounded up to a
@@ -36,7 +36,6 @@ from dlrm.runs import Run, hardware, versions
 from dlrm.schema import FeatureSchema
 from dlrm.training.events import Events
 from dlrm.training.profiling import StepProfiler
-from dlrm.training.step import Step
 from dlrm.training.trainer import Trainer
 
 _CPU = torch.device("cpu")
@@ -63,17 +62,6 @@ _ARCHITECTURES = {
 _DEFAULT_LIMIT = 1_000_000
 _STEP_ROWS = 16384
 """Rows of a measurement of floor and steps: a few tenths of a second."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """A rate beside its floor: medians over pairs."""
-
-    floor_samples_per_second: float
-    samples_per_second: float
-    share_of_floor: float
-    """Median of the pairs' shares, which is not the share of the medians."""
-    pairs: int
 
 
 def made_up_rows(
@@ -153,64 +141,6 @@ def floor(
             torch.mm(left, right, out=out)
 
     return multiply
-
-
-def pairs_of(
-    multiply: Callable[[], None], act: Callable[[], float], rows: int, times: int, pairs: int
-) -> Share:
-    """Alternate the floor and what is measured.
-
-    Args:
-        multiply: The floor, ``times`` of which take as long as one ``act`` should.
-        act: Does what is measured and returns its seconds.
-        rows: Of one ``multiply``.
-        times: How often it is called.
-        pairs: How many pairs count; one more warms up.
-    """
-    floors, rates = [], []
-    for _ in range(pairs + 1):
-        started = time.perf_counter()
-        for _ in range(times):
-            multiply()
-        floors.append(rows * times / (time.perf_counter() - started))
-        rates.append(rows * times / act())
-    shares = [rate / floor for rate, floor in zip(rates[1:], floors[1:], strict=True)]
-    return Share(
-        statistics.median(floors[1:]),
-        statistics.median(rates[1:]),
-        statistics.median(shares),
-        pairs,
-    )
-
-
-def step_share(
-    step: Step,
-    layers: Sequence[tuple[int, int]],
-    batches: Iterator[Batch],
-    *,
-    pairs: int,
-    steps: int,
-) -> Share:
-    """Measure a step on batches in memory, at a learning rate of 0.1.
-
-    Args:
-        step: Over a model of these layers.
-        layers: Of ``layer_sizes``.
-        batches: At least ``(pairs + 1) * steps``, of equal size.
-        pairs: How many pairs count.
-        steps: In each.
-    """
-    first = next(batches)
-    step(first, 0.1)
-
-    def act() -> float:
-        ready = [next(batches) for _ in range(steps)]
-        started = time.perf_counter()
-        for batch in ready:
-            step(batch, 0.1)
-        return time.perf_counter() - started
-
-    return pairs_of(floor(layers, len(first)), act, len(first), steps, pairs)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def make_bags(rows: int) -> Batch:
     return Batch(batch.dense_features, ids, None, offsets)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 9, 40, 256, 257, 600])
+@pytest.mark.parametrize("rows", [1, 7, 9, 40, 600, 2048, 2049])
 @pytest.mark.parametrize(
     "changes", [{}, {"interaction": "cat"}, {"interaction_itself": True}], ids=str
 )
@@ -60,12 +60,29 @@ def test_native_logits_equal_the_models(changes: dict[str, Any], rows: int) -> N
         )
 
 
-def test_a_logit_does_not_depend_on_the_other_rows() -> None:
-    forward, batch = NativeForward(make_model()), make_batch(600)
-    every = forward.logits(batch)
-    for rows in (1, 8, 9, 17, 300):
-        assert torch.equal(forward.logits(batch.rows(0, rows)), every[:rows])
-        assert torch.equal(forward.logits(batch.rows(600 - rows, 600)), every[600 - rows :])
+@pytest.mark.parametrize("instructions", torch.ops.dlrm.instruction_sets())
+@pytest.mark.parametrize("bags", [False, True])
+def test_a_logit_depends_neither_on_the_other_rows_nor_on_threads(
+    instructions: str, bags: bool
+) -> None:
+    before = torch.get_num_threads()
+    torch.ops.dlrm.use_instruction_set(instructions)
+    try:
+        forward, batch = NativeForward(make_model()), make_bags(600) if bags else make_batch(600)
+        every = forward.logits(batch)
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(forward.logits(batch), every)
+            for rows in (1, 8, 9, 17, 33, 300):
+                assert torch.equal(forward.logits(batch.rows(0, rows)), every[:rows])
+                assert torch.equal(forward.logits(batch.rows(600 - rows, 600)), every[600 - rows :])
+    finally:
+        torch.set_num_threads(before)
+        torch.ops.dlrm.use_instruction_set(torch.ops.dlrm.instruction_sets()[0])
+
+
+def test_no_rows_have_no_logits() -> None:
+    assert NativeForward(make_model()).logits(make_batch(0)).shape == (0,)
 
 
 def test_scores_follow_the_weights() -> None:

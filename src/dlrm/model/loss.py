@@ -38,9 +38,10 @@ def mean_loss(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
         # Equal to the cross-entropy of the sigmoid, without its rounding near 0 and 1.
         losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     else:
-        losses = functional.binary_cross_entropy(
-            probabilities(logits, config), labels, reduction="none"
-        )
+        clamped = probabilities(logits, config)
+        # functional.binary_cross_entropy, but that refuses not-a-number, which a diverged model's
+        # loss must be.
+        losses = -(labels * clamped.log() + (1 - labels) * (-clamped).log1p())
     if config.loss == "wbce":
         weight_0, weight_1 = config.loss_weights
         losses = losses * (weight_0 + (weight_1 - weight_0) * labels)

@@ -1,10 +1,9 @@
 """The model's forward pass through the native kernels, for scoring and for ``NativeStep``.
 
 Activations lie in panels: (panels, features, P), where P rows of a batch (``panel_rows``) stand
-side by side, feature by feature, and the last panel is filled up with zeros; native/kernels.h says
-why.
-A batch is trained on in parts of ``PART_ROWS``, so that memory does not grow with the batch.
-Scoring, which keeps no activations, is one operator.
+side by side, feature by feature; native/kernels.h says why.
+A batch goes through in parts of ``PART_ROWS``, so that the memory of activations does not grow with
+the batch. Scoring, which keeps none, is one operator.
 """
 
 from __future__ import annotations
@@ -54,21 +53,22 @@ class Stack:
 
 
 class Activations:
-    """What a forward pass over a part computes; buffers that are used again for the next part."""
+    """What a part's forward and backward pass compute; buffers that the next part uses again."""
 
     def __init__(self, forward: NativeForward, panels: int) -> None:
         self._panels = panels
         self._width = torch.ops.dlrm.panel_rows()
-        dense, over, model = forward.dense, forward.over, forward.model
+        dense, over = forward.dense, forward.over
         self.dense_input = self.panel(dense.in_sizes[0])
         self.dense_outputs = [self.panel(size) for size in dense.out_sizes]
-        vectors = len(model.sparse_arch.names) + 1
-        self.vectors = self.panel(vectors * model.config.embedding_dim)
-        dot = model.config.interaction == "dot"
-        self.interactions = self.panel(over.in_sizes[0]) if dot else self.vectors
+        self.vectors = self.panel((forward.features + 1) * forward.arena.shape[1])
+        self.interactions = self.panel(over.in_sizes[0]) if forward.dot else self.vectors
         self.over_outputs = [self.panel(size) for size in over.out_sizes]
         self.dense_columns = [self._columns(size) for size in dense.in_sizes]
         self.over_columns = [self._columns(size) for size in over.in_sizes]
+        self.dense_gradients = [self.panel(size) for size in dense.out_sizes]
+        self.interaction_gradients = self.panel(over.in_sizes[0])
+        self.over_gradients = [self.panel(size) for size in over.out_sizes]
 
     def panel(self, features: int) -> Tensor:
         """Return room for so many features of a part's rows."""
@@ -83,18 +83,18 @@ class NativeForward:
     """The forward pass of a model that ``supports`` takes.
 
     Args:
-        model: Its weights are read at every call, wherever they have moved meanwhile.
+        model: Its weights are read at every call; they may be updated in place.
     """
 
     def __init__(self, model: DLRM) -> None:
         assert supports(model)[0]
-        self.model = model
+        self.features = len(model.sparse_arch.names)
+        self.dot = model.config.interaction == "dot"
+        self.itself = model.config.interaction_itself
         self.arena = model.sparse_arch.arena.detach()
         self.first_rows = model.sparse_arch.first_rows
         self.dense = Stack(model.dense_arch)
         self.over = Stack(model.over_arch)
-        self._itself = model.config.interaction_itself
-        self._dot = model.config.interaction == "dot"
         self._width = torch.ops.dlrm.panel_rows()
         self._activations: dict[int, Activations] = {}
 
@@ -138,9 +138,9 @@ class NativeForward:
             part.offsets,
             None,
             rows,
-            self._itself,
+            self.itself,
             kept.vectors,
-            kept.interactions if self._dot else None,
+            kept.interactions if self.dot else None,
         )
         ops.mlp_forward(
             kept.interactions,
@@ -157,6 +157,8 @@ class NativeForward:
         """Return the buffers for a part of so many rows."""
         panels = math.ceil(rows / self._width)
         if panels not in self._activations:
+            if len(self._activations) == 2:  # of whole parts and of a batch's last
+                self._activations.clear()
             self._activations[panels] = Activations(self, panels)
         return self._activations[panels]
 
@@ -172,7 +174,8 @@ class NativeForward:
             self.dense.biases,
             self.over.weights,
             self.over.biases,
-            self._dot,
-            self._itself,
+            self.dot,
+            self.itself,
+            PART_ROWS,
         )
         return logits

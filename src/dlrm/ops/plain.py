@@ -2,7 +2,7 @@
 
 A function has the name and the arguments of an operator ``torch.ops.dlrm.NAME``, and writes to the
 same ones. Shapes, with B rows, F sparse features, D embedding_dim, and P rows in a panel:
-    panels: (B / P, features, P), rounded up; the last panel is filled up with zeros.
+    panels: (B / P, features, P), rounded up; the last panel is filled up, the inputs' with zeros.
     columns: (features / P, B, P), rounded up: the same values, row by row in blocks of features.
 """
 
@@ -80,7 +80,7 @@ def mlp_backward(
         transposed[index].copy_(weights[index].t())
         gradient = gradient @ weights[index]
         if index:
-            gradient = torch.where(rows_of(inputs[index]) > 0, gradient, 0)
+            gradient = torch.where(rows_of(inputs[index]) <= 0, 0, gradient)
         to = gradients[index - 1] if index else input_gradient
         assert to is not None
         to.copy_(panels_of(gradient, to.shape[2]))
@@ -203,7 +203,7 @@ def embed_interact_backward(
         each[:, 0] += out[:, :dim]
     else:
         each = out.view(every.shape)
-    dense = torch.where(every[:, 0] > 0, each[:, 0], 0)
+    dense = torch.where(every[:, 0] <= 0, 0, each[:, 0])
     dense_gradient.copy_(panels_of(dense, width))
     bag_gradients[:, first_row : first_row + rows] = each[:rows, 1:].transpose(0, 1)
 
@@ -294,6 +294,7 @@ def forward(
     over_biases: Sequence[Tensor],
     dot: bool,
     itself: bool,
+    part_rows: int,
 ) -> Tensor:
     """Return the logits, (B,), of a model.
 
@@ -309,6 +310,7 @@ def forward(
         over_biases: Likewise.
         dot: Whether vectors meet in products; else they go on side by side.
         itself: Whether each vector's product with itself is included.
+        part_rows: How many rows the kernel takes at a time, which makes no difference.
     """
     rows, vectors = len(dense_features), (len(first_rows) + 1) * arena.shape[1]
     outputs = [torch.empty(1, len(weight), rows) for weight in dense_weights]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -23,15 +24,6 @@ def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
     if model.config.dropout:
         return False, "the native kernels have no dropout"
     return forward_supports(model, amp)
-
-
-class _Gradients:
-    """The gradients of a part's activations; buffers that are used again for the next part."""
-
-    def __init__(self, forward: NativeForward, kept: Activations) -> None:
-        self.over = [torch.zeros_like(output) for output in kept.over_outputs]
-        self.interactions = torch.zeros_like(kept.interactions)
-        self.dense = [torch.zeros_like(output) for output in kept.dense_outputs]
 
 
 class NativeStep:
@@ -56,11 +48,7 @@ class NativeStep:
         self._forward = NativeForward(model)
         self._rule = RULES[optimizer.config.optimizer]
         self._loss = LOSSES[loss.loss]
-        self._dot = model.config.interaction == "dot"
-        self._itself = model.config.interaction_itself
-        self._features = len(model.sparse_arch.names)
-        self._gradients: dict[int, _Gradients] = {}
-        self._bag_gradients: dict[int, Tensor] = {}
+        self._bag_gradients = torch.empty(0)
         dense, over = self._forward.dense, self._forward.over
         # Gradients go to an input as its weights' transpose.
         self._transposed = {
@@ -83,18 +71,15 @@ class NativeStep:
         total = None
         for number, (start, part) in enumerate(parts):
             kept = self._forward(part)
-            gradients = self._gradients_of(len(part), kept)
-            loss = self._loss_gradient(part, kept, gradients, 1 / rows)
+            loss = self._loss_gradient(part, kept, 1 / rows)
             total = loss if total is None else total + loss
-            self._backward(part, start, kept, gradients, bag_gradients)
-            self._update_mlps(kept, gradients, rate, number == 0, number == len(parts) - 1)
+            self._backward(part, start, kept, bag_gradients)
+            self._update_mlps(kept, rate, number == 0, number == len(parts) - 1)
         self._update_tables(batch, bag_gradients, rate)
         assert total is not None
         return total
 
-    def _loss_gradient(
-        self, part: Batch, kept: Activations, gradients: _Gradients, scale: float
-    ) -> Tensor:
+    def _loss_gradient(self, part: Batch, kept: Activations, scale: float) -> Tensor:
         weight_0, weight_1 = self.loss.loss_weights
         loss: Tensor = torch.ops.dlrm.loss_gradient(
             kept.over_outputs[-1],
@@ -104,18 +89,11 @@ class NativeStep:
             weight_1,
             self.loss.loss_threshold,
             scale,
-            gradients.over[-1],
+            kept.over_gradients[-1],
         )
         return loss
 
-    def _backward(
-        self,
-        part: Batch,
-        start: int,
-        kept: Activations,
-        gradients: _Gradients,
-        bag_gradients: Tensor,
-    ) -> None:
+    def _backward(self, part: Batch, start: int, kept: Activations, bag_gradients: Tensor) -> None:
         """Take the gradient of the logits to every layer's outputs and to the bags."""
         ops, forward = torch.ops.dlrm, self._forward
         ops.mlp_backward(
@@ -123,18 +101,18 @@ class NativeStep:
             forward.over.biases,
             [kept.interactions, *kept.over_outputs[:-1]],
             self._transposed[forward.over],
-            gradients.over,
-            gradients.interactions,
+            kept.over_gradients,
+            kept.interaction_gradients,
         )
         ops.embed_interact_backward(
             kept.vectors,
-            gradients.interactions,
+            kept.interaction_gradients,
             len(part),
-            self._features,
-            self._dot,
-            self._itself,
+            forward.features,
+            forward.dot,
+            forward.itself,
             start,
-            gradients.dense[-1],
+            kept.dense_gradients[-1],
             bag_gradients,
         )
         ops.mlp_backward(
@@ -142,24 +120,22 @@ class NativeStep:
             forward.dense.biases,
             [kept.dense_input, *kept.dense_outputs[:-1]],
             self._transposed[forward.dense],
-            gradients.dense,
+            kept.dense_gradients,
             None,
         )
 
-    def _update_mlps(
-        self, kept: Activations, gradients: _Gradients, rate: float, first: bool, last: bool
-    ) -> None:
+    def _update_mlps(self, kept: Activations, rate: float, first: bool, last: bool) -> None:
         """Sum the weights' gradients over a part; move the weights after the last one."""
         forward = self._forward
-        for stack, columns, each in (
-            (forward.over, kept.over_columns, gradients.over),
-            (forward.dense, kept.dense_columns, gradients.dense),
+        for stack, columns, gradients in (
+            (forward.over, kept.over_columns, kept.over_gradients),
+            (forward.dense, kept.dense_columns, kept.dense_gradients),
         ):
             weight_sums, bias_sums = self._sums[stack]
             carried_weights, carried_biases = ([], []) if first and last else self._carry(stack)
             torch.ops.dlrm.mlp_update(
                 columns,
-                each,
+                gradients,
                 stack.weights,
                 stack.biases,
                 weight_sums,
@@ -187,17 +163,12 @@ class NativeStep:
             self.optimizer.accumulator,
         )
 
-    def _gradients_of(self, rows: int, kept: Activations) -> _Gradients:
-        panels = kept.vectors.shape[0]
-        if panels not in self._gradients:
-            self._gradients[panels] = _Gradients(self._forward, kept)
-        return self._gradients[panels]
-
     def _bag_gradients_of(self, rows: int) -> Tensor:
-        if rows not in self._bag_gradients:
-            dim = self.model.config.embedding_dim
-            self._bag_gradients[rows] = torch.zeros(self._features, rows, dim)
-        return self._bag_gradients[rows]
+        """Return room for the gradients, (F, B, D), of a batch's bags."""
+        shape = (self._forward.features, rows, self._forward.arena.shape[1])
+        if self._bag_gradients.numel() < math.prod(shape):
+            self._bag_gradients = torch.zeros(math.prod(shape))
+        return self._bag_gradients[: math.prod(shape)].view(shape)
 
     def _carry(self, stack: Stack) -> tuple[list[Tensor], list[Tensor]]:
         if stack not in self._carried:
