@@ -137,7 +137,7 @@ def _set_up(request: dict[str, Any]) -> None:
             *arguments, memory=request["fit_bytes"], **options
         )
     if "cores" in request:
-        for module in (prepare, reading, criteo, verification):
+        for module in (prepare, criteo, verification):
             module.available_cores = lambda: request["cores"]  # type: ignore[attr-defined]
     if request.get("plain"):
         for module in (numbering, row_parser):

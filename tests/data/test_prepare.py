@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -292,6 +293,25 @@ def test_the_plan_comes_first(
     # Then what each stage took.
     stages = [re.fullmatch(r"(\w+) +[0-9]+\.[0-9] s", message) for message in caplog.messages[1:]]
     assert [stage and stage[1] for stage in stages] == ["read", "fit", "arrange", "write", "verify"]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (200, 11)])
+def test_blocks_are_parsed_on_as_many_threads_as_memory_has_room_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    blocks = criteo.read_blocks
+    taken: list[object] = []
+
+    def counted(path: Path, **options: Any) -> object:
+        taken.append(options["threads"])
+        return blocks(path, **options)
+
+    for module in (prepare_module, criteo):
+        monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(criteo, "read_blocks", counted)
+    prepare(source, tmp_path / "dataset")
+    assert taken == [threads]
+    assert threads == cores or (threads + 1) * criteo.BLOCK_MEMORY <= 200 << 20
 
 
 @pytest.mark.parametrize(("copies", "rows"), [(1, "1,000"), (30, "30,000")])

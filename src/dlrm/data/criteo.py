@@ -44,6 +44,8 @@ SPARSE_NAMES = tuple(f"cat_{index}" for index in range(26))
 BLOCK_BYTES = 4 << 20
 """Bytes parsed at a time: large enough that Python's share is small, small enough that the arrays
 of a block are no burden."""
+BLOCK_MEMORY = 4 * BLOCK_BYTES
+"""Memory that a block takes while it is parsed, about: its text, its rows in pieces, and whole."""
 _TAB = b"\t"
 _NAME = re.compile(rb"[\"']?[A-Za-z_]\w*[\"']?")
 _OTHER_SEPARATORS = {b",": "commas", b";": "semicolons", b" ": "spaces"}

@@ -96,6 +96,8 @@ _RESERVED_BYTES = 600 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
 _WORKER_BYTES = 200 << 20
 """What making one run or part takes, about."""
+_PARSING_BYTES = 200 << 20
+"""Of what is reserved: what blocks take that are being parsed."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _ROWS_PER_SECOND = 180_000
 """A core's, about, for the first guess of a plan."""
@@ -336,6 +338,9 @@ class _Preparation:
         """Of the ceiling, what tables, runs and parts may take."""
         self.overwrite = overwrite
         self.workers = max(1, min(available_cores(), self.memory // _WORKER_BYTES))
+        # One block more than there are threads is being parsed.
+        threads = _PARSING_BYTES // criteo.BLOCK_MEMORY - 1
+        self.parsers = max(1, min(available_cores(), threads))
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
@@ -473,7 +478,14 @@ class _Preparation:
         if last and last.source_sha256 and last.file == len(self.source.files) - 1:
             return
         with progress("read", self.source.bytes, unit="B", unit_scale=True) as bar:
-            read_raw(self.source, spool, self.config, table_bytes=self.memory, progress=bar.update)
+            read_raw(
+                self.source,
+                spool,
+                self.config,
+                table_bytes=self.memory,
+                threads=self.parsers,
+                progress=bar.update,
+            )
 
     def _days(self, spool: Spool) -> _Days:
         """Cut the rows into days and splits, unless that was done before segments were removed."""

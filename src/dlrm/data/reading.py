@@ -18,7 +18,6 @@ from dlrm.data.prepared import Block, PreparedRows
 from dlrm.data.sources import PIPE, RawSource, require_unchanged
 from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
 from dlrm.data.vocabulary import taken_modulo
-from dlrm.device import available_cores
 from dlrm.errors import UserError
 
 SEGMENT_ROWS = 1 << 18
@@ -35,6 +34,7 @@ def read_raw(
     config: PrepareConfig,
     *,
     table_bytes: int,
+    threads: int,
     progress: Callable[[int], object],
 ) -> None:
     """Read raw rows into a spool, from where it ends.
@@ -44,6 +44,7 @@ def read_raw(
         spool: Empty, or what an interrupted preparation of the same source left.
         config: What becomes of rows and values.
         table_bytes: Memory for the numbers of values.
+        threads: How many to parse and to number on.
         progress: Told of the bytes of the source that were read.
 
     Raises:
@@ -52,10 +53,10 @@ def read_raw(
     """
     with (
         _named_as_source(source),
-        ThreadPoolExecutor(available_cores()) as pool,
+        ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as writer,
     ):
-        reader = _RawReader(source, spool, config, table_bytes, progress, pool, writer)
+        reader = _RawReader(source, spool, config, table_bytes, threads, progress, pool, writer)
         for number, file in enumerate(source.files):
             last = reader.last
             if last is None or last.file < number:
@@ -124,6 +125,7 @@ class _RawReader:
         spool: Spool,
         config: PrepareConfig,
         table_bytes: int,
+        threads: int,
         progress: Callable[[int], object],
         pool: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
@@ -131,6 +133,7 @@ class _RawReader:
         self._source = source
         self._spool = spool
         self._config = config
+        self._threads = threads
         self._progress = progress
         self._pool = pool
         self._writer = writer
@@ -176,6 +179,7 @@ class _RawReader:
             observe=observe,
             start=start,
             bad_rows=self._config.bad_rows,
+            threads=self._threads,
         ):
             blocks.append(block)
             rows, end, is_terminated = rows + len(block), block.end, block.is_terminated
