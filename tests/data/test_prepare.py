@@ -428,6 +428,80 @@ def test_another_folder_is_never_overwritten(source: Path, tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.fixture
+def is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reading a source for a second time be an error."""
+    blocks = criteo.read_blocks
+    read: list[Path] = []
+
+    def once(path: Path, **options: Any) -> object:
+        assert path not in read
+        read.append(path)
+        return blocks(path, **options)
+
+    monkeypatch.setattr(criteo, "read_blocks", once)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.usefixtures("is_read_once")
+def test_what_is_put_in_its_place_meanwhile_does_not_cost_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    path = tmp_path / "dataset"
+    verify = prepare_module.verify
+
+    def meanwhile(*arguments: Any, **options: Any) -> None:
+        verify(*arguments, **options)
+        path.mkdir()
+        (path / "theirs").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "verify", meanwhile)
+        with pytest.raises(UserError, match="is not empty and no DATASET"):
+            prepare(source, path, overwrite=overwrite)
+    assert [entry.name for entry in path.iterdir()] == ["theirs"]
+    with pytest.raises(UserError, match="is not empty and no DATASET"):
+        prepare(source, path, overwrite=overwrite)
+    shutil.rmtree(path)
+    assert prepare(source, path, overwrite=overwrite).rows("train") == 86
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dataset", "source"]
+
+
+@pytest.mark.usefixtures("is_read_once")
+def test_a_permutation_that_turns_out_too_large_does_not_cost_the_work(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "dataset"
+    config = PrepareConfig(shuffle="reference")
+    bytes_of_row = ((1 << 30) - prepare_module._RESERVED_BYTES) // 86 + 1
+    monkeypatch.setattr(prepare_module, "permutation_bytes", lambda rows: rows * bytes_of_row)
+    monkeypatch.setattr(prepare_module, "_estimate_rows", lambda _: 50)
+    with caplog.at_level(logging.WARNING, "dlrm"), pytest.raises(UserError) as caught:
+        prepare(source, path, config, memory="1GiB")
+    assert str(caught.value) == (
+        "--shuffle reference draws a permutation of about 86 rows, for which 444.6 MB of memory "
+        "are needed and 444.6 MB are left. Raise --memory to go on, or start over with --shuffle "
+        "total --overwrite."
+    )
+    assert f"{path} is unfinished; the same command goes on with it" in caplog.text
+    assert prepare(source, path, config, memory="2GiB").rows("train") == 86
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dataset", "source"]
+
+
+def test_a_permutation_that_is_too_large_is_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "_estimate_rows", lambda _: 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**13))
+    monkeypatch.setattr(criteo, "read_blocks", refused)
+    with pytest.raises(UserError, match=r"12\.0 GB of memory .*Use --shuffle total, or raise"):
+        prepare(source, tmp_path / "dataset", PrepareConfig(shuffle="reference-day"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
 def bad_inputs(content: bytes) -> dict[str, tuple[bytes, str]]:
     lines = content.splitlines(keepends=True)
 

@@ -19,9 +19,8 @@ import pyarrow as pa
 from dlrm.data.dataset import Rows, block_rows, record_batch, rows_of, stored_columns
 from dlrm.data.fitting import FittedFeature, map_file
 from dlrm.data.splits import StoredOrder
-from dlrm.data.spool import Integers, Segment, Spool
+from dlrm.data.spool import Integers, Segment, Spool, damaged
 from dlrm.data.vocabulary import hashed
-from dlrm.errors import UserError
 from dlrm.files import atomic_write, environment_faults
 from dlrm.schema import FeatureSchema
 
@@ -72,7 +71,7 @@ class Arranger:
             with environment_faults(f"read {path}"):
                 ids: npt.NDArray[np.int32] = np.load(path, mmap_mode="r")
         except (ValueError, EOFError, FileNotFoundError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         return ids[numbers]
 
     def in_order(self, rows: range) -> Iterator[Rows]:
@@ -159,11 +158,7 @@ def _open_run(path: Path, read: Callable[[Any], T]) -> T:
         with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
             return read(pa.ipc.open_file(file))
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged: {error}. Delete the folder {path.parent} to start over.")
+        raise damaged(path, error) from error
 
 
 def _short(count: int) -> type[np.unsignedinteger]:

@@ -308,6 +308,10 @@ def _piped(dataset: Path, work: Work, config: PrepareConfig, *, overwrite: bool)
         raise
 
 
+class _MendableError(UserError):
+    """An error after which what is finished is of use to the same command, or to a mended one."""
+
+
 class _Preparation:
     """A DATASET in the making.
 
@@ -347,11 +351,10 @@ class _Preparation:
         """Leave nothing behind after an error, but what the same command can go on with."""
         try:
             yield
-        except UserError:
-            self._remove_work()
-            raise
-        except BaseException:
-            if self.work.piped.exists() or (self._spool / "segment-00000.json").exists():
+        except BaseException as error:
+            is_useless = isinstance(error, UserError) and not isinstance(error, _MendableError)
+            is_begun = self.work.piped.exists() or (self._spool / "segment-00000.json").exists()
+            if is_begun and not is_useless:
                 logger.warning(
                     "%s is unfinished; the same command goes on with it (or delete %s)",
                     self.dataset,
@@ -390,13 +393,22 @@ class _Preparation:
         return sum(_estimate_rows(file.path) for file in self.source.files)
 
     def _require_permutable(self, rows: int) -> None:
-        """Refuse an order that would take too much memory."""
+        """Refuse an order that would take too much memory.
+
+        Raises:
+            UserError: It does; what was read is of use with more.
+        """
         needed = rows * PERMUTATION_BYTES
         if self.config.shuffle in ("reference", "reference-day") and needed > self.memory:
-            raise UserError(
+            remedy = (
+                "Raise --memory to go on, or start over with --shuffle total --overwrite."
+                if self.work.is_begun
+                else "Use --shuffle total, or raise --memory."
+            )
+            raise _MendableError(
                 f"--shuffle {self.config.shuffle} draws a permutation of about {rows:,} rows, for "
                 f"which {size_text(needed)} of memory are needed and {size_text(self.memory)} are "
-                "left. Use --shuffle total, or raise --memory."
+                f"left. {remedy}"
             )
 
     @property
@@ -464,7 +476,10 @@ class _Preparation:
         assert sum(each.clicks for each in splits.values()) == sum(days.clicks)
         with _stage("verify"):
             verify(Dataset(self.work.dataset, schema, manifest), workers=self.workers)
-        publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
+        try:
+            publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
+        except UserError as error:  # something was put there meanwhile
+            raise _MendableError(str(error)) from error
         self.work.remove()
 
     def _read(self, spool: Spool) -> None:
