@@ -11,6 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -489,6 +490,24 @@ def test_a_permutation_that_turns_out_too_large_does_not_cost_the_work(
     assert f"{path} is unfinished; the same command goes on with it" in caplog.text
     assert prepare(source, path, config, memory="2GiB").rows("train") == 86
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dataset", "source"]
+
+
+def test_threads_have_memory_beside_what_is_held_meanwhile(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[int] = []
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, threads: int) -> None:
+            pools.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(prepare_module, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(prepare_module, "available_cores", lambda: 8)
+    monkeypatch.setattr(StoredOrder, "nbytes", property(lambda _: 250 << 20))
+    prepare(source, tmp_path / "dataset", PrepareConfig(shuffle="reference"), memory="1624MiB")
+    # Of 1024 MiB: fit, arrange beside the order, write.
+    assert pools == [5, 3, 5]
 
 
 def test_a_permutation_that_is_too_large_is_refused_before_the_work(

@@ -65,12 +65,12 @@ from dlrm.data.sources import (
     require_utf8,
 )
 from dlrm.data.splits import (
-    PERMUTATION_BYTES,
     RULES,
     SplitRows,
     StoredOrder,
     day_lengths,
     hold_back_last,
+    permutation_bytes,
 )
 from dlrm.data.spool import Spool
 from dlrm.data.verification import verify
@@ -341,10 +341,14 @@ class _Preparation:
         self.memory = memory - _RESERVED_BYTES
         """Of the ceiling, what tables, runs and parts may take."""
         self.overwrite = overwrite
-        self.workers = max(1, min(available_cores(), self.memory // _WORKER_BYTES))
+        self.workers = self._workers_beside(0)
         # One block more than there are threads is being parsed.
         threads = _PARSING_BYTES // criteo.BLOCK_MEMORY - 1
         self.parsers = max(1, min(available_cores(), threads))
+
+    def _workers_beside(self, held: int) -> int:
+        """Return how many threads have memory to work in, beside what is held meanwhile."""
+        return max(1, min(available_cores(), (self.memory - held) // _WORKER_BYTES))
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
@@ -398,7 +402,7 @@ class _Preparation:
         Raises:
             UserError: It does; what was read is of use with more.
         """
-        needed = rows * PERMUTATION_BYTES
+        needed = permutation_bytes(rows)
         if self.config.shuffle in ("reference", "reference-day") and needed > self.memory:
             remedy = (
                 "Raise --memory to go on, or start over with --shuffle total --overwrite."
@@ -629,7 +633,7 @@ class _Preparation:
                     spool.remove_rows(segment.number)
             return path
 
-        return self._each("arrange", range(len(grouped)), arrange, "runs")
+        return self._each("arrange", range(len(grouped)), arrange, "runs", held=order.nbytes)
 
     def _write(
         self,
@@ -686,10 +690,24 @@ class _Preparation:
         )
 
     def _each(
-        self, stage: str, items: Sequence[int], work: Callable[[int], T], unit: str
+        self,
+        stage: str,
+        items: Sequence[int],
+        work: Callable[[int], T],
+        unit: str,
+        *,
+        held: int = 0,
     ) -> list[T]:
-        """Work on items on several threads, with a progress bar; return the results in order."""
-        pool = ThreadPoolExecutor(self.workers)
+        """Work on items on several threads, with a progress bar; return the results in order.
+
+        Args:
+            stage: Its name.
+            items: Numbers of what is to be done.
+            work: Does one.
+            unit: What an item is, in the plural.
+            held: Bytes of memory that all of them use together.
+        """
+        pool = ThreadPoolExecutor(self._workers_beside(held))
         try:
             return list(progress(stage, len(items), pool.map(work, items), unit=unit))
         finally:
