@@ -148,8 +148,7 @@ def prepare(
     with _new_parents(dataset), locked(dataset, "dataset"):
         if work.is_published and (finished := _published(dataset, work, found, config)):
             return finished
-        if work.is_left_over:
-            work.remove()
+        work.tidy()
         if found and not overwrite and (finished := _finished(dataset, found, config)):
             return finished
         refuse_taken(dataset, overwrite=overwrite)
@@ -302,9 +301,8 @@ def _piped(dataset: Path, work: Work, config: PrepareConfig, *, overwrite: bool)
     try:
         return piped_source(work.piped, config, anew=overwrite)
     except BaseException:
-        if work.is_left_over:
-            with suppress(EnvironmentFaultError):  # what went wrong before is to be told
-                work.remove()
+        with suppress(EnvironmentFaultError):  # what went wrong before is to be told
+            work.tidy()
         raise
 
 

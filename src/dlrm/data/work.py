@@ -1,18 +1,27 @@
 """The folder in which a DATASET is made, hidden beside it.
 
 A record in it tells what the DATASET is made from, and with which options. Without that record
-whatever is in the folder means nothing; so the record is the first thing to be removed.
+whatever is in the folder means nothing, but for what came through a pipe. To be removed, the folder
+first gets another name, so that nobody finds a part of it.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dlrm.config import PrepareConfig
 from dlrm.data.dataset import Source
-from dlrm.files import FORMAT_VERSION, environment_faults, read_json, write_json
+from dlrm.files import (
+    FORMAT_VERSION,
+    environment_faults,
+    flush_folder,
+    read_json,
+    write_json,
+)
 from dlrm.schema import SPLITS
 
 
@@ -42,6 +51,7 @@ class Work:
         self.dataset = self.folder / "dataset"
         self.piped = self.folder / "source.spool"
         self._record = self.folder / "inputs.json"
+        self._gone = dataset.with_name(f".{dataset.name}.gone")
 
     @property
     def is_begun(self) -> bool:
@@ -57,7 +67,8 @@ class Work:
     def is_left_over(self) -> bool:
         """Whether a process was killed while it set the folder up, or while it removed it."""
         parts = (self._record, self.piped)
-        return self.folder.exists() and not any(path.exists() for path in parts)
+        is_bare = self.folder.exists() and not any(path.exists() for path in parts)
+        return is_bare or self._gone.exists()
 
     @property
     def bytes(self) -> int:
@@ -91,9 +102,27 @@ class Work:
                     path.unlink()
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it."""
-        if self.folder.exists():
-            with environment_faults(f"write to {self.folder}"):
-                self.piped.unlink(missing_ok=True)
-                self._record.unlink(missing_ok=True)
-                shutil.rmtree(self.folder)
+        """Remove the folder and all that is in it.
+
+        A process that is killed meanwhile has removed all of it or nothing, as far as others see;
+        ``tidy`` removes what is left on the disk.
+        """
+        if not self.folder.exists():
+            return
+        with environment_faults(f"write to {self.folder}"):
+            with suppress(OSError):  # a disk that is full may let files be removed all the same
+                os.replace(self.folder, self._gone)
+                # Or else, after a power cut, what lacks files already may have its old name.
+                flush_folder(self._gone.parent)
+            self._record.unlink(missing_ok=True)
+            for folder in (self._gone, self.folder):
+                if folder.exists():
+                    shutil.rmtree(folder)
+
+    def tidy(self) -> None:
+        """Remove what a process left that was killed while it set the folder up, or removed it."""
+        if self._gone.exists():
+            with environment_faults(f"write to {self._gone}"):
+                shutil.rmtree(self._gone)
+        if self.is_left_over:
+            self.remove()
