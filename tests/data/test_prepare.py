@@ -881,8 +881,14 @@ def test_malformed_rows_are_skipped_counted_and_described(
     assert str(tmp_path) not in (dataset.path / "manifest.json").read_text()
 
     path = tmp_path / "few"
-    with pytest.raises(UserError, match=r"there are 5 malformed rows, and --max-bad-rows is 4\."):
-        prepare(source, path, PrepareConfig(bad_rows="skip", max_bad_rows=4))
+    source.write_bytes(b"\n" * 90 + content)  # of which not all are kept to be shown
+    with pytest.raises(UserError) as caught:
+        prepare(source, path, PrepareConfig(bad_rows="skip", max_bad_rows=89))
+    assert str(caught.value).startswith(
+        f"{source}, lines 1 to 190: with those before there are 90 malformed rows, and "
+        "--max-bad-rows is 89. Raise it if they may be left out. The first of these lines that is "
+        f"malformed: {source}, line 1, column 1 (label): expected "
+    )
     assert not path.exists()
     assert not path.with_name(".few.work").exists()
 

@@ -221,7 +221,7 @@ class _RawReader:
             generations=tuple(self._numberings.generations),
             new_values=tuple(map(len, new_values)),
             missing=tuple(sum((block.missing for block in blocks), _NO_MISSING).tolist()),
-            rejected=self._count_rejected(blocks),
+            rejected=self._count_rejected(file, blocks),
             examples=self._take_examples(file, blocks),
             source_sha256=source_sha256,
             lacks_last_newline=lacks_last_newline,
@@ -271,15 +271,18 @@ class _RawReader:
         numbered = list(self._pool.map(number, range(len(criteo.SPARSE_NAMES))))
         return [each[0] for each in numbered], [each[1] for each in numbered]
 
-    def _count_rejected(self, blocks: Sequence[criteo.RawBlock]) -> dict[str, int]:
+    def _count_rejected(self, file: int, blocks: Sequence[criteo.RawBlock]) -> dict[str, int]:
         counted: Counter[str] = Counter()
         for block in blocks:
             counted.update(block.rejected)
             self._rejected += sum(block.rejected.values())
             if self._rejected > self._config.max_bad_rows:
+                path = self._source.files[file].path
                 raise UserError(
-                    f"{block.examples[-1].message} With it there are {self._rejected} malformed "
-                    f"rows, and --max-bad-rows is {self._config.max_bad_rows}."
+                    f"{path}, lines {block.start.line + 1} to {block.end.line}: with those before "
+                    f"there are {self._rejected} malformed rows, and --max-bad-rows is "
+                    f"{self._config.max_bad_rows}. Raise it if they may be left out. The first of "
+                    f"these lines that is malformed: {block.examples[0].message}"
                 )
         return dict(counted)
 
