@@ -26,6 +26,7 @@ from dlrm.data import criteo
 from dlrm.data import dataset as dataset_module
 from dlrm.data import prepare as prepare_module
 from dlrm.data.dataset import Dataset, Rows, read_part
+from dlrm.data.numbering import FeatureNumberings
 from dlrm.data.prepare import memory_bytes, prepare, size_text
 from dlrm.data.sources import raw_source
 from dlrm.data.splits import StoredOrder
@@ -176,6 +177,17 @@ def test_equal_options_give_equal_bytes(source: Path, tmp_path: Path) -> None:
     assert other["train/part-00000.arrow"] != first["train/part-00000.arrow"]
     assert other["test/part-00000.arrow"] == first["test/part-00000.arrow"]
     assert other["schema.json"] == first["schema.json"]
+
+
+def test_values_that_are_hashed_need_no_tables(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(FeatureNumberings, "begin_segment", fail)
+    dataset = prepare(source, tmp_path / "dataset", PrepareConfig(hash_buckets=10))
+    assert dataset.schema.num_embeddings == (10,) * 26
 
 
 def test_a_folder_means_its_train_txt(source: Path, tmp_path: Path) -> None:

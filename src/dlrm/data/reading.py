@@ -257,7 +257,8 @@ class _RawReader:
         self, blocks: Sequence[criteo.RawBlock], kept: npt.NDArray[np.int64] | None
     ) -> tuple[list[npt.NDArray[np.integer]], list[_Values]]:
         """Return each sparse column, and the values that are new in it."""
-        self._numberings.begin_segment(sum(map(len, blocks)))
+        if not self._config.hash_buckets:
+            self._numberings.begin_segment(sum(map(len, blocks)))
 
         def number(feature: int) -> tuple[npt.NDArray[np.integer], _Values]:
             values = np.concatenate([_NO_VALUES, *(block.sparse[:, feature] for block in blocks)])
