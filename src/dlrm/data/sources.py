@@ -114,9 +114,10 @@ def find_source(source: Path, config: PrepareConfig) -> RawSource | PreparedSour
         UserError: There are none, or they cannot be split or treated as asked.
         EnvironmentFaultError: They cannot be read.
     """
-    if _is_prepared(source):
-        return _prepared_source(source, config)
-    return raw_source(source, config)
+    with environment_faults(f"read {source}"):
+        if _is_prepared(source):
+            return _prepared_source(source, config)
+        return raw_source(source, config)
 
 
 def _is_prepared(source: Path) -> bool:
@@ -193,11 +194,10 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
             )
         _refuse_days(str(source), config)
         return [describe_file(source)]
-    found: dict[int, Path] = {}
-    for path in sorted(source.iterdir()):  # day_3 before day_3.gz, which it is taken for
-        match = _DAY.fullmatch(path.name)
-        if match:
-            found.setdefault(int(match[1]), path)
+    found: dict[int, list[Path]] = {}
+    for path in sorted(source.iterdir()):
+        if match := _DAY.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path)
     train = source / "train.txt"
     if train.is_file() and not config.days:
         return [describe_file(train)]
@@ -213,7 +213,14 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
             f"{source} has no day_{missing[0]}. There are the days "
             f"{', '.join(map(str, sorted(found)))}; choose among them with --days."
         )
-    return [describe_file(found[day]) for day in days]
+    for day in days:
+        if len(found[day]) > 1:
+            names = " and ".join(path.name for path in found[day])
+            raise UserError(
+                f"{source} has {names}, which are one day by their names. Leave one of them there, "
+                "and move the rest elsewhere."
+            )
+    return [describe_file(found[day][0]) for day in days]
 
 
 def _require_same(spooled: Path) -> None:
