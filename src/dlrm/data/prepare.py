@@ -34,7 +34,7 @@ import numpy as np
 
 from dlrm.config import PrepareConfig, complete
 from dlrm.data import criteo
-from dlrm.data.arranging import Arranger, part_counts
+from dlrm.data.arranging import Arranger, Runs
 from dlrm.data.dataset import (
     Dataset,
     Manifest,
@@ -608,10 +608,10 @@ class _Preparation:
 
     def _arrange(
         self, spool: Spool, split: SplitRows, schema: FeatureSchema, arranger: Arranger
-    ) -> list[Path]:
-        """Write runs of training rows, sorted by part; none where rows keep their order."""
+    ) -> Runs | None:
+        """Write runs of training rows, sorted by part; None where rows keep their order."""
         if self.config.shuffle == "none":
-            return []
+            return None
         train = split.ranges["train"]
         self._require_permutable(len(train))
         order = StoredOrder(
@@ -623,7 +623,7 @@ class _Preparation:
         grouped = [segments[start : start + size] for start in range(0, len(segments), size)]
 
         def arrange(number: int) -> Path:
-            path = self.work.folder / f"run-{number:05}.arrow"
+            path = self.work.folder / f"run-{number:05}.rows"
             if not path.exists():
                 arranger.write_run(path, grouped[number], order, len(train))
             for segment in grouped[number]:
@@ -631,22 +631,23 @@ class _Preparation:
                     spool.remove_rows(segment.number)
             return path
 
-        return self._each("arrange", range(len(grouped)), arrange, "runs", held=order.nbytes)
+        paths = self._each("arrange", range(len(grouped)), arrange, "runs", held=order.nbytes)
+        return Runs(paths, order.parts, schema)
 
     def _write(
         self,
         split: SplitRows,
         schema: FeatureSchema,
         arranger: Arranger,
-        runs: Sequence[Path],
+        runs: Runs | None,
     ) -> dict[Split, StoredSplit]:
         """Write the parts of all splits."""
         step = part_rows(schema)
         jobs: list[tuple[Split, int, Callable[[], Iterator[Rows]]]] = []
         for each, rows in split.ranges.items():
             if each == "train" and runs:
-                for number, count in enumerate(part_counts(runs)):
-                    jobs.append((each, number, partial(arranger.part_of_runs, runs, number, count)))
+                for number in range(runs.parts):
+                    jobs.append((each, number, partial(runs.part, number)))
             else:
                 for number, start in enumerate(range(rows.start, rows.stop, step)):
                     some = range(start, min(start + step, rows.stop))
@@ -661,7 +662,8 @@ class _Preparation:
             write_json(record, written)
             return written
 
-        written = self._each("write", range(len(jobs)), write, "parts")
+        held = runs.nbytes if runs else 0
+        written = self._each("write", range(len(jobs)), write, "parts", held=held)
         return {
             each: stored_split(
                 part for (split_, _, _), part in zip(jobs, written, strict=True) if split_ == each

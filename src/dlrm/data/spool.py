@@ -227,6 +227,6 @@ def _reading(path: Path) -> safetensors.safe_open:
         raise damaged(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, error: Exception | str) -> UserError:
     """Say that a file of an interrupted preparation is damaged; all of it is removed then."""
     return UserError(f"{path} is damaged: {error}. Repeat the command to start over.")
