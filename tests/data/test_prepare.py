@@ -22,12 +22,13 @@ import numpy.typing as npt
 import pytest
 
 from dlrm.config import PrepareConfig, Shuffle
-from dlrm.data import criteo
+from dlrm.data import criteo, plan
 from dlrm.data import dataset as dataset_module
 from dlrm.data import prepare as prepare_module
 from dlrm.data.dataset import Dataset, Rows, read_part
 from dlrm.data.numbering import FeatureNumberings
-from dlrm.data.prepare import memory_bytes, prepare, size_text
+from dlrm.data.plan import size_text
+from dlrm.data.prepare import memory_bytes, prepare
 from dlrm.data.sources import raw_source
 from dlrm.data.splits import StoredOrder
 from dlrm.data.vocabulary import Encoder, Vocabulary
@@ -294,7 +295,7 @@ def test_the_plan_comes_first(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
+    monkeypatch.setattr(plan, "available_cores", lambda: 2)
     size = source.stat().st_size
     with caplog.at_level(logging.INFO, "dlrm"):
         prepare(source, tmp_path / "dataset", memory="1.5GiB")
@@ -491,7 +492,7 @@ def test_a_permutation_that_turns_out_too_large_does_not_cost_the_work(
     config = PrepareConfig(shuffle="reference")
     bytes_of_row = ((1 << 30) - prepare_module._RESERVED_BYTES) // 86 + 1
     monkeypatch.setattr(prepare_module, "permutation_bytes", lambda rows: rows * bytes_of_row)
-    monkeypatch.setattr(prepare_module, "_estimate_rows", lambda _: 50)
+    monkeypatch.setattr(criteo, "estimate_rows", lambda _: 50)
     with caplog.at_level(logging.WARNING, "dlrm"), pytest.raises(UserError) as caught:
         prepare(source, path, config, memory="1GiB")
     assert str(caught.value) == (
@@ -525,7 +526,7 @@ def test_threads_have_memory_beside_what_is_held_meanwhile(
 def test_a_permutation_that_is_too_large_is_refused_before_the_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_estimate_rows", lambda _: 10**9)
+    monkeypatch.setattr(criteo, "estimate_rows", lambda _: 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**13))
     monkeypatch.setattr(criteo, "read_blocks", refused)
     with pytest.raises(UserError, match=r"12\.0 GB of memory .*Use --shuffle total, or raise"):

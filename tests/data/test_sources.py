@@ -9,7 +9,8 @@ import pytest
 
 from dlrm.config import PrepareConfig
 from dlrm.data.prepare import prepare
-from dlrm.data.sources import SourceFile, find_source, piped_source, raw_source
+from dlrm.data.source_files import SourceFile
+from dlrm.data.sources import find_source, piped_source, raw_source
 from dlrm.errors import EnvironmentFaultError, UserError
 
 

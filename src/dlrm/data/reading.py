@@ -15,7 +15,7 @@ from dlrm.config import PrepareConfig
 from dlrm.data import criteo
 from dlrm.data.numbering import FeatureNumberings
 from dlrm.data.prepared import Block, PreparedRows
-from dlrm.data.sources import PIPE, RawSource, require_unchanged
+from dlrm.data.source_files import PIPE, SourceFile, require_unchanged
 from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
 from dlrm.data.vocabulary import taken_modulo
 from dlrm.errors import UserError
@@ -29,7 +29,7 @@ _Values = npt.NDArray[np.uint32]
 
 
 def read_raw(
-    source: RawSource,
+    files: Sequence[SourceFile],
     spool: Spool,
     config: PrepareConfig,
     *,
@@ -40,7 +40,7 @@ def read_raw(
     """Read raw rows into a spool, from where it ends.
 
     Args:
-        source: Files of raw rows.
+        files: Of raw rows, in order.
         spool: Empty, or what an interrupted preparation of the same source left.
         config: What becomes of rows and values.
         table_bytes: Memory for the numbers of values.
@@ -52,12 +52,12 @@ def read_raw(
         EnvironmentFaultError: A disk is full or fails.
     """
     with (
-        _named_as_source(source),
+        _named_as_source(files[0]),
         ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as writer,
     ):
-        reader = _RawReader(source, spool, config, table_bytes, threads, progress, pool, writer)
-        for number, file in enumerate(source.files):
+        reader = _RawReader(files, spool, config, table_bytes, threads, progress, pool, writer)
+        for number, file in enumerate(files):
             last = reader.last
             if last is None or last.file < number:
                 reader.read_file(number, criteo.Position())
@@ -68,12 +68,11 @@ def read_raw(
 
 
 @contextmanager
-def _named_as_source(source: RawSource) -> Iterator[None]:
+def _named_as_source(file: SourceFile) -> Iterator[None]:
     """Name in errors what a user knows: not the file to which a pipe was copied."""
     try:
         yield
     except UserError as error:
-        file = source.files[0]
         if file.name != PIPE:
             raise
         raise UserError(str(error).replace(str(file.path), "standard input")) from error
@@ -121,7 +120,7 @@ def _append_prepared(spool: Spool, blocks: Sequence[Block]) -> None:
 class _RawReader:
     def __init__(
         self,
-        source: RawSource,
+        files: Sequence[SourceFile],
         spool: Spool,
         config: PrepareConfig,
         table_bytes: int,
@@ -130,7 +129,7 @@ class _RawReader:
         pool: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
     ) -> None:
-        self._source = source
+        self._files = files
         self._spool = spool
         self._config = config
         self._threads = threads
@@ -161,7 +160,7 @@ class _RawReader:
 
     def read_file(self, number: int, start: criteo.Position) -> None:
         """Read a file of the source, or the rest of one that was read up to ``start``."""
-        file = self._source.files[number]
+        file = self._files[number]
         digest = hashlib.sha256()
 
         def observe(chunk: bytes) -> None:
@@ -278,7 +277,7 @@ class _RawReader:
             counted.update(block.rejected)
             self._rejected += sum(block.rejected.values())
             if self._rejected > self._config.max_bad_rows:
-                path = self._source.files[file].path
+                path = self._files[file].path
                 raise UserError(
                     f"{path}, lines {block.start.line + 1} to {block.end.line}: with those before "
                     f"there are {self._rejected} malformed rows, and --max-bad-rows is "
@@ -290,10 +289,10 @@ class _RawReader:
     def _take_examples(
         self, file: int, blocks: Sequence[criteo.RawBlock]
     ) -> tuple[RejectedRow, ...]:
-        name = self._source.files[file].name
+        name = self._files[file].name
         lines = [line for block in blocks for line in block.examples][: _EXAMPLES - self._examples]
         self._examples += len(lines)
-        path = str(self._source.files[file].path)  # which is no part of the DATASET
+        path = str(self._files[file].path)  # which is no part of the DATASET
         return tuple(
             RejectedRow(name, line.line, line.reason, line.message.replace(path, name))
             for line in lines
