@@ -11,10 +11,12 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 
 namespace {
 
 constexpr int64_t kGroup = 64;
+constexpr int64_t kMostNumbers = std::numeric_limits<int32_t>::max();
 
 uint64_t slot_of(uint32_t value, uint64_t capacity) {
   uint32_t hash = value * 0x9E3779B1u;  // Fibonacci hashing: neighbours scatter
@@ -40,6 +42,7 @@ int64_t number_values(const at::Tensor& values, at::Tensor& slots, at::Tensor& n
   check(new_values, at::kUInt32, "new_values");
   const int64_t size = values.numel();
   const uint64_t capacity = slots.numel();
+  TORCH_CHECK(known + size <= kMostNumbers, "dlrm::number_values: numbers must fit int32");
   TORCH_CHECK(numbers.numel() >= size && new_values.numel() >= size,
               "dlrm::number_values: numbers and new_values must be as long as values");
   TORCH_CHECK(static_cast<uint64_t>(known + size) < capacity,
@@ -93,6 +96,7 @@ void insert_values(const at::Tensor& values, at::Tensor& slots, int64_t first_nu
   check(slots, at::kLong, "slots");
   const int64_t size = values.numel();
   const uint64_t capacity = slots.numel();
+  TORCH_CHECK(first_number + size <= kMostNumbers, "dlrm::insert_values: numbers must fit int32");
   TORCH_CHECK(static_cast<uint64_t>(first_number + size) < capacity,
               "dlrm::insert_values: there must be more slots than values");
   const uint32_t* value = values.const_data_ptr<uint32_t>();

@@ -31,7 +31,18 @@ import msgspec
 
 from dlrm import cli, files
 from dlrm.config import PrepareConfig
-from dlrm.data import criteo, fitting, lines, numbering, prepare, reading, row_parser, verification
+from dlrm.data import (
+    criteo,
+    fitting,
+    lines,
+    numbering,
+    plan,
+    prepare,
+    reading,
+    row_parser,
+    sources,
+    verification,
+)
 from dlrm.data import dataset as dataset_module
 from dlrm.data.dataset import Manifest, WrittenPart
 from dlrm.data.fitting import FittedFeature
@@ -126,18 +137,18 @@ def _set_up(request: dict[str, Any]) -> None:
         if name.lower() in request:
             setattr(dataset_module, name, request[name.lower()])
     if "table_bytes" in request:
-        read_raw = prepare.read_raw
-        prepare.read_raw = lambda *arguments, table_bytes, **options: read_raw(  # type: ignore[assignment]
+        read_raw = sources.read_raw
+        sources.read_raw = lambda *arguments, table_bytes, **options: read_raw(  # type: ignore[assignment]
             *arguments, table_bytes=request["table_bytes"], **options
         )
     if "fit_bytes" in request:
         fitting._LEAST_BYTES = 0
-        fit = prepare.fit_feature
-        prepare.fit_feature = lambda *arguments, memory, **options: fit(  # type: ignore[assignment]
+        fit = sources.fit_feature
+        sources.fit_feature = lambda *arguments, memory, **options: fit(  # type: ignore[assignment]
             *arguments, memory=request["fit_bytes"], **options
         )
     if "cores" in request:
-        for module in (prepare, reading, criteo, verification):
+        for module in (prepare, plan, criteo, verification):
             module.available_cores = lambda: request["cores"]  # type: ignore[attr-defined]
     if request.get("plain"):
         for module in (numbering, row_parser):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,9 @@ import pytest
 
 from dlrm.config import PrepareConfig
 from dlrm.data import fitting
-from dlrm.data.fitting import FittedFeature, fit_feature, map_file
+from dlrm.data import vocabulary as vocabulary_module
+from dlrm.data.fitting import FittedFeature, fit_feature, fit_prepared, map_file
+from dlrm.data.prepared import PreparedRows
 from dlrm.data.spool import Columns, Segment, Spool
 from dlrm.data.vocabulary import Vocabulary
 from dlrm.errors import UserError
@@ -198,3 +202,56 @@ def test_more_values_than_a_table_has_rows_are_refused(
     assert fit(spool, tmp_path / "a", ALL, 4).num_embeddings == 4
     with pytest.raises(UserError, match=r"feature 1 has 4 values, more than the 4 rows.*--hash-b"):
         fit(spool, tmp_path / "b", TRAIN, 4)  # with the other slot
+
+
+class ManyValues:
+    """What the reference's dictionaries say of features of many values."""
+
+    files = (Path("day_0_reordered.npz"),)
+    has_values = True
+
+    def __init__(self, size: int) -> None:
+        self.num_embeddings = (size, size)
+
+    def value_blocks(self, feature: int) -> Iterator[UInt32Array]:
+        for start in range(0, self.num_embeddings[feature], 1 << 14):
+            end = min(start + (1 << 14), self.num_embeddings[feature])
+            # An odd factor is one to one: each value is there once, in no order.
+            yield np.arange(start, end, dtype=np.uint32) * np.uint32(2654435761)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that NumPy and Python held while something was done."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("numbered", ["by the reference", "here"])
+def test_fitting_many_values_takes_the_memory_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbered: str
+) -> None:
+    monkeypatch.setattr(fitting, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(fitting, "_RUN_VALUES", 1 << 14)
+    monkeypatch.setattr(vocabulary_module, "_BATCH_VALUES", 1 << 14)
+    size, memory = 1 << 20, 2 << 20
+    rows = ManyValues(size)
+    values = np.concatenate(list(rows.value_blocks(1)))
+    work = tmp_path / "work"
+    work.mkdir()
+    vocabulary = work / "v.arrow"
+    if numbered == "here":
+        spool = spooled(tmp_path / "spool", np.split(values, 64), [])
+        fit_all = partial(fit, spool, work, ALL, size, memory)
+    else:
+        spool = spooled(tmp_path / "spool", [np.arange(8, dtype=np.uint32)], [])
+        prepared = cast(PreparedRows, rows)
+        fit_all = partial(fit_prepared, spool, 1, vocabulary, work, prepared, memory=memory)
+    assert peak_of(fit_all) < 2 * memory  # what does not depend on the number of values included
+    found = Vocabulary.read(vocabulary)
+    assert len(found.values) == size
+    assert (values[found.ids] == found.values).all()
+    assert (np.diff(found.values.astype(np.int64)) > 0).all()

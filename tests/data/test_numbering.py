@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,3 +207,30 @@ def test_a_value_is_what_its_generation_and_number_say(
             table += new_values.tolist()
             assert [table[number] for number in numbers] == column
             assert len(set(table)) == len(table)
+
+
+def test_a_generation_begins_before_numbers_run_out(
+    make: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numbering, "_MOST_NUMBERS", 10)
+    numberings = FeatureNumberings(2, 1 << 30)
+    generations = []
+    for first in range(0, 20, 4):
+        numberings.begin_segment(4)
+        generations.append(numberings.generations.copy())
+        numberings.number(0, uint32(*range(first, first + 4)))
+        numberings.number(1, uint32(0, 1, 1, 0))  # which has numbers left
+        assert len(numberings.features[0]) <= 10
+    # A third segment of new values might need 12 numbers.
+    assert generations == [[0, 0], [0, 0], [1, 0], [1, 0], [2, 0]]
+
+
+@pytest.mark.skipif(not library().loaded, reason=library().reason)
+def test_numbers_that_would_wrap_are_refused() -> None:
+    slots = torch.zeros(16, dtype=torch.int64)
+    values = torch.zeros(1, dtype=torch.uint32)
+    numbers = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="number_values: numbers must fit int32"):
+        torch.ops.dlrm.number_values(values, slots, numbers, values.clone(), 2**31 - 1)
+    with pytest.raises(RuntimeError, match="insert_values: numbers must fit int32"):
+        torch.ops.dlrm.insert_values(values, slots, 2**31 - 1)

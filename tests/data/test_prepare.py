@@ -11,20 +11,24 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from dlrm.config import PrepareConfig, Shuffle
-from dlrm.data import criteo
+from dlrm.data import criteo, plan
 from dlrm.data import dataset as dataset_module
 from dlrm.data import prepare as prepare_module
 from dlrm.data.dataset import Dataset, Rows, read_part
-from dlrm.data.prepare import memory_bytes, prepare, size_text
+from dlrm.data.numbering import FeatureNumberings
+from dlrm.data.plan import size_text
+from dlrm.data.prepare import memory_bytes, prepare
 from dlrm.data.sources import raw_source
 from dlrm.data.splits import StoredOrder
 from dlrm.data.vocabulary import Encoder, Vocabulary
@@ -176,6 +180,17 @@ def test_equal_options_give_equal_bytes(source: Path, tmp_path: Path) -> None:
     assert other["schema.json"] == first["schema.json"]
 
 
+def test_values_that_are_hashed_need_no_tables(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(FeatureNumberings, "begin_segment", fail)
+    dataset = prepare(source, tmp_path / "dataset", PrepareConfig(hash_buckets=10))
+    assert dataset.schema.num_embeddings == (10,) * 26
+
+
 def test_a_folder_means_its_train_txt(source: Path, tmp_path: Path) -> None:
     assert [file.path for file in raw_source(source.parent, PrepareConfig()).files] == [source]
     dataset = prepare(str(source.parent), str(tmp_path / "deep" / "dataset"))
@@ -280,7 +295,7 @@ def test_the_plan_comes_first(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
+    monkeypatch.setattr(plan, "available_cores", lambda: 2)
     size = source.stat().st_size
     with caplog.at_level(logging.INFO, "dlrm"):
         prepare(source, tmp_path / "dataset", memory="1.5GiB")
@@ -292,6 +307,25 @@ def test_the_plan_comes_first(
     # Then what each stage took.
     stages = [re.fullmatch(r"(\w+) +[0-9]+\.[0-9] s", message) for message in caplog.messages[1:]]
     assert [stage and stage[1] for stage in stages] == ["read", "fit", "arrange", "write", "verify"]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (200, 11)])
+def test_blocks_are_parsed_on_as_many_threads_as_memory_has_room_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    blocks = criteo.read_blocks
+    taken: list[object] = []
+
+    def counted(path: Path, **options: Any) -> object:
+        taken.append(options["threads"])
+        return blocks(path, **options)
+
+    for module in (prepare_module, criteo):
+        monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(criteo, "read_blocks", counted)
+    prepare(source, tmp_path / "dataset")
+    assert taken == [threads]
+    assert threads == cores or (threads + 1) * criteo.BLOCK_MEMORY <= 200 << 20
 
 
 @pytest.mark.parametrize(("copies", "rows"), [(1, "1,000"), (30, "30,000")])
@@ -405,6 +439,98 @@ def test_another_folder_is_never_overwritten(source: Path, tmp_path: Path) -> No
         with pytest.raises(UserError, match="is not empty and no DATASET"):
             prepare(source, source.parent, PrepareConfig(), overwrite=overwrite)
     assert tree(source.parent) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.fixture
+def is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reading a source for a second time be an error."""
+    blocks = criteo.read_blocks
+    read: list[Path] = []
+
+    def once(path: Path, **options: Any) -> object:
+        assert path not in read
+        read.append(path)
+        return blocks(path, **options)
+
+    monkeypatch.setattr(criteo, "read_blocks", once)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.usefixtures("is_read_once")
+def test_what_is_put_in_its_place_meanwhile_does_not_cost_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    path = tmp_path / "dataset"
+    verify = prepare_module.verify
+
+    def meanwhile(*arguments: Any, **options: Any) -> None:
+        verify(*arguments, **options)
+        path.mkdir()
+        (path / "theirs").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "verify", meanwhile)
+        with pytest.raises(UserError, match="is not empty and no DATASET"):
+            prepare(source, path, overwrite=overwrite)
+    assert [entry.name for entry in path.iterdir()] == ["theirs"]
+    with pytest.raises(UserError, match="is not empty and no DATASET"):
+        prepare(source, path, overwrite=overwrite)
+    shutil.rmtree(path)
+    assert prepare(source, path, overwrite=overwrite).rows("train") == 86
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dataset", "source"]
+
+
+@pytest.mark.usefixtures("is_read_once")
+def test_a_permutation_that_turns_out_too_large_does_not_cost_the_work(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "dataset"
+    config = PrepareConfig(shuffle="reference")
+    bytes_of_row = ((1 << 30) - prepare_module._RESERVED_BYTES) // 86 + 1
+    monkeypatch.setattr(prepare_module, "permutation_bytes", lambda rows: rows * bytes_of_row)
+    monkeypatch.setattr(criteo, "estimate_rows", lambda _: 50)
+    with caplog.at_level(logging.WARNING, "dlrm"), pytest.raises(UserError) as caught:
+        prepare(source, path, config, memory="1GiB")
+    assert str(caught.value) == (
+        "--shuffle reference draws a permutation of about 86 rows, for which 444.6 MB of memory "
+        "are needed and 444.6 MB are left. Raise --memory to go on, or start over with --shuffle "
+        "total --overwrite."
+    )
+    assert f"{path} is unfinished; the same command goes on with it" in caplog.text
+    assert prepare(source, path, config, memory="2GiB").rows("train") == 86
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dataset", "source"]
+
+
+def test_threads_have_memory_beside_what_is_held_meanwhile(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[int] = []
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, threads: int) -> None:
+            pools.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(prepare_module, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(prepare_module, "available_cores", lambda: 8)
+    monkeypatch.setattr(StoredOrder, "nbytes", property(lambda _: 250 << 20))
+    prepare(source, tmp_path / "dataset", PrepareConfig(shuffle="reference"), memory="1624MiB")
+    # Of 1024 MiB: fit, arrange beside the order, write.
+    assert pools == [5, 3, 5]
+
+
+def test_a_permutation_that_is_too_large_is_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(criteo, "estimate_rows", lambda _: 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**13))
+    monkeypatch.setattr(criteo, "read_blocks", refused)
+    with pytest.raises(UserError, match=r"12\.0 GB of memory .*Use --shuffle total, or raise"):
+        prepare(source, tmp_path / "dataset", PrepareConfig(shuffle="reference-day"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
@@ -768,8 +894,14 @@ def test_malformed_rows_are_skipped_counted_and_described(
     assert str(tmp_path) not in (dataset.path / "manifest.json").read_text()
 
     path = tmp_path / "few"
-    with pytest.raises(UserError, match=r"there are 5 malformed rows, and --max-bad-rows is 4\."):
-        prepare(source, path, PrepareConfig(bad_rows="skip", max_bad_rows=4))
+    source.write_bytes(b"\n" * 90 + content)  # of which not all are kept to be shown
+    with pytest.raises(UserError) as caught:
+        prepare(source, path, PrepareConfig(bad_rows="skip", max_bad_rows=89))
+    assert str(caught.value).startswith(
+        f"{source}, lines 1 to 190: with those before there are 90 malformed rows, and "
+        "--max-bad-rows is 89. Raise it if they may be left out. The first of these lines that is "
+        f"malformed: {source}, line 1, column 1 (label): expected "
+    )
     assert not path.exists()
     assert not path.with_name(".few.work").exists()
 

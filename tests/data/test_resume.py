@@ -663,6 +663,36 @@ def test_a_source_that_cannot_be_read_is_named(
     assert left_beside(dataset) == []
 
 
+@pytest.mark.parametrize(
+    ("kill_at", "damaged"),
+    [
+        ("after replace .dataset.work/days.json", "spool/rows-00000.safetensors"),
+        ("after replace .dataset.work/fitted-017.json", "map-000-00000.npy"),
+        ("after replace .dataset.work/part-test-00000.json", "run-00000"),
+    ],
+)
+def test_work_that_is_damaged_is_named_and_the_same_command_starts_over(
+    warm: Warm, sources: dict[str, Request], tmp_path: Path, kill_at: str, damaged: str
+) -> None:
+    request = {**sources["rows"], "config": {"vocabulary": "train"}}
+    events = events_of(warm, request, tmp_path / "there")
+    expected = tree(tmp_path / "there" / "dataset")
+    dataset = tmp_path / "here" / "dataset"
+    dataset.parent.mkdir()
+    place = events.index(kill_at) + 1
+    assert warm(**request, dataset=dataset, kill_at=place).status == KILLED
+    (path,) = dataset.with_name(".dataset.work").glob(f"{damaged}*")
+    path.write_bytes(path.read_bytes()[:-1])
+    message = one_error(warm(**request, dataset=dataset), 2)
+    assert message.startswith(f"{path} is damaged: ")
+    assert message.endswith(". Repeat the command to start over.")
+    assert left_beside(dataset) == []
+    answer = warm(**request, dataset=dataset)
+    assert answer.status == 0, answer.said
+    assert "going on" not in answer.said
+    assert tree(dataset) == expected
+
+
 def test_every_file_is_flushed_renamed_and_its_folder_flushed(
     warm: Warm, sources: dict[str, Request], tmp_path: Path
 ) -> None:
@@ -680,12 +710,12 @@ def test_every_file_is_flushed_renamed_and_its_folder_flushed(
         elif (moment, operation) == ("before", "replace"):
             renamed += 1
             folder, _, name = path.rpartition("/")
-            partial = f"{folder}/.{name}.partial".removeprefix("/")
+            folder = folder or "."
+            partial = f"{folder}/.{name}.partial"
             if path == "dataset":
                 for written_to in ("", "/train", "/validation", "/test"):
                     assert f".dataset.work/dataset{written_to}" in flushed
-                folder = "."
-            else:
+            elif path != ".dataset.gone":
                 assert written[partial] > 0
                 assert partial in flushed, event
                 assert written.pop(partial)

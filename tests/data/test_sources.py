@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 
 from dlrm.config import PrepareConfig
 from dlrm.data.prepare import prepare
-from dlrm.data.sources import SourceFile, find_source, piped_source, raw_source
-from dlrm.errors import UserError
+from dlrm.data.source_files import SourceFile
+from dlrm.data.sources import find_source, piped_source, raw_source
+from dlrm.errors import EnvironmentFaultError, UserError
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
     for name in ("train.txt", "day_0", "day_1", "test.txt"):
         (tmp_path / "both" / name).write_text(name)
-    for name in ("day_10", "day_2", "day_0", "day_2.gz", "day_3.gz", "day_x", "a_day_1", "day_4.x"):
+    for name in ("day_10", "day_2", "day_0", "day_3.gz", "day_x", "a_day_1", "day_4.x"):
         (tmp_path / "days" / name).write_text(name)
     (tmp_path / "one" / "day_5").touch()
     (tmp_path / "packed" / "day_0.gz").touch()
@@ -42,7 +44,7 @@ def test_a_file_is_described_without_being_read(folder: Path) -> None:
 
 def test_a_folder_means_its_train_txt_or_its_days(folder: Path) -> None:
     assert found(folder / "both") == (["train.txt"], "rows")
-    # Days in the order of their numbers; the plain file where there are both.
+    # Days in the order of their numbers, plain or packed.
     assert found(folder / "days") == (["day_0", "day_2", "day_3.gz", "day_10"], "days")
     assert raw_source(folder / "days", PrepareConfig()).bytes == 5 + 5 + 8 + 6
 
@@ -85,6 +87,38 @@ def test_sources_that_are_none(
     with pytest.raises(UserError, match=message):
         prepare(folder / name, folder / "dataset", PrepareConfig(**options))  # type: ignore[arg-type]
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("names", [("day_1", "day_01"), ("day_1", "day_1.gz")])
+def test_two_files_of_one_day_are_refused_by_name(folder: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (folder / "days" / name).touch()
+    with pytest.raises(UserError) as caught:
+        found(folder / "days")
+    first, second = sorted(names)
+    assert str(caught.value) == (
+        f"{folder / 'days'} has {first} and {second}, which are one day by their names. Leave one "
+        "of them there, and move the rest elsewhere."
+    )
+    # Unless that day is not asked for.
+    assert found(folder / "days", days=(0, 2)) == (["day_0", "day_2"], "days")
+
+
+@pytest.mark.parametrize("method", ["iterdir", "is_dir", "exists"])
+def test_a_folder_that_may_not_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    source = folder / "days"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, denied)
+        with pytest.raises(EnvironmentFaultError) as caught:
+            find_source(source, PrepareConfig())
+    assert str(caught.value).startswith(f"cannot read {source}")
+    assert "Permission denied" in str(caught.value)
+    assert str(caught.value).endswith("Ask for access, or choose another place.")
 
 
 def test_a_pipe_by_its_path_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dlrm.data.splits import (
     day_lengths,
     hold_back_last,
     mix,
+    permutation_bytes,
 )
 from dlrm.errors import UserError
 
@@ -199,3 +200,15 @@ def test_total_fills_parts_evenly_from_everywhere() -> None:
         statistics.append(((counts - expected) ** 2 / expected).sum())
     # Only the runs are of fixed size: 90 degrees of freedom.
     assert abs(np.mean(statistics) - 90) < 4 * np.sqrt(2 * 90 / seeds)
+
+
+@pytest.mark.parametrize(("rows", "of_row"), [(ROWS, 12), (2**31 - 1, 12), (2**31, 16)])
+def test_a_permutation_takes_the_drawn_numbers_and_each_rows_place(rows: int, of_row: int) -> None:
+    assert permutation_bytes(rows) == of_row * rows
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "held"), [("total", 0), ("day", 0), ("reference", 4), ("reference-day", 4)]
+)
+def test_a_permutation_is_held_while_rows_are_placed(shuffle: Shuffle, held: int) -> None:
+    assert StoredOrder(DAYS, shuffle, 5, PART_ROWS).nbytes == held * ROWS

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +87,46 @@ def test_removed_in_part_it_is_nothing_to_go_on_with(
     assert not work.is_begun
     assert not work.is_published
     assert work.is_left_over == (method is Work.remove)
+
+
+@pytest.mark.parametrize("place", range(1, 9))
+def test_killed_anywhere_while_it_is_removed_all_of_it_is_gone_or_nothing(
+    work: Work, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    left = [place]
+
+    def killing(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "rmdir", "replace"):
+            patch.setattr(os, name, killing(getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt):
+            work.remove()
+    assert not work.is_published
+    assert work.is_begun == work.piped.exists() == work.folder.exists()
+    if not work.is_begun:
+        assert work.is_left_over
+        work.begin(INPUTS)  # as the next one may, before anything is tidied up
+    work.tidy()
+    assert not work.is_left_over
+    assert work.is_begun
+    assert [path.name for path in work.folder.parent.iterdir()] == [".dataset.work"]
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_on_a_disk_that_takes_no_new_names_it_is_removed_in_place(
+    work: Work, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, name, full)
+    work.remove()
+    assert list(work.folder.parent.iterdir()) == []

@@ -1,34 +1,31 @@
 """From a spool to the parts of a DATASET: numbers become ids, and rows go where they belong.
 
 Shuffling takes two passes over the rows. The first reads and writes in sequence: each run of
-segments is sorted by the part that its rows go to, a record batch a part. In the second each part
-gathers its batches from all runs and sorts them. Rows in the source's order need but one pass.
+segments is sorted by the part that its rows go to. In the second each part gathers its rows from
+all runs and sorts them. Rows in the source's order need but one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from dlrm.data.dataset import Rows, block_rows, record_batch, rows_of, stored_columns
+from dlrm.data.dataset import Rows, block_rows
 from dlrm.data.fitting import FittedFeature, map_file
 from dlrm.data.splits import StoredOrder
-from dlrm.data.spool import Integers, Segment, Spool
+from dlrm.data.spool import Integers, Segment, Spool, damaged
 from dlrm.data.vocabulary import hashed
-from dlrm.errors import UserError
 from dlrm.files import atomic_write, environment_faults
 from dlrm.schema import FeatureSchema
 
-T = TypeVar("T")
-
-_KEY = pa.field("key", pa.uint64(), nullable=False)
-_COUNTS = b"rows of each part"
+_END = np.dtype("<u4")
+"""Of a part in a run, in rows of the run."""
 
 
 class Arranger:
@@ -72,7 +69,7 @@ class Arranger:
             with environment_faults(f"read {path}"):
                 ids: npt.NDArray[np.int32] = np.load(path, mmap_mode="r")
         except (ValueError, EOFError, FileNotFoundError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         return ids[numbers]
 
     def in_order(self, rows: range) -> Iterator[Rows]:
@@ -97,73 +94,124 @@ class Arranger:
     def write_run(
         self, path: Path, segments: Sequence[Segment], order: StoredOrder, train_rows: int
     ) -> None:
-        """Write the training rows of some segments, sorted by part: a record batch a part."""
+        """Write the training rows of some segments, sorted by part, as ``Runs`` reads them."""
         inside = [min(segment.rows, train_rows - segment.first_row) for segment in segments]
-        rows = Rows.collect(
-            sum(inside),
-            (
-                self.rows(each, slice(0, count))
-                for each, count in zip(segments, inside, strict=True)
-            ),
-            self._schema,
-        )
+        records = np.empty(sum(inside), _record(self._schema))
+        start = 0
+        for segment, count in zip(segments, inside, strict=True):
+            rows = self.rows(segment, slice(0, count))
+            here = records[start : start + count]
+            here["label"], here["dense"], here["sparse"] = rows.labels, rows.dense, rows.sparse
+            start += count
         first = segments[0].first_row
-        parts, keys = order.place(np.arange(first, first + len(rows)))
+        parts, records["key"] = order.place(np.arange(first, first + len(records)))
         # Stable sorting of short integers is a radix sort.
         by_part = np.argsort(parts.astype(_short(order.parts)), kind="stable")
-        counts = np.bincount(parts, minlength=order.parts)
-        columns = stored_columns(self._schema)
-        stored = columns.append(_KEY).with_metadata({_COUNTS: msgspec.json.encode(counts.tolist())})
-        with atomic_write(path) as file, pa.ipc.new_file(file, stored) as writer:
-            for chosen in np.split(by_part, np.cumsum(counts)[:-1]):
-                batch = record_batch(rows[chosen], columns)
-                writer.write_batch(batch.append_column(_KEY, pa.array(keys[chosen])))
-
-    def part_of_runs(self, runs: Sequence[Path], part: int, count: int) -> Iterator[Rows]:
-        """Return the rows of a part out of all runs, in the stored order.
-
-        Args:
-            runs: What ``write_run`` wrote.
-            part: Which part.
-            count: How many rows it has, of ``part_counts``.
-        """
-        keys = np.empty(count, np.uint64)
-
-        def read() -> Iterator[Rows]:
-            start = 0
-            for path in runs:
-                batch = _open_run(path, lambda run: run.get_batch(part))
-                keys[start : start + len(batch)] = batch.column(_KEY.name).to_numpy()
-                start += len(batch)
-                yield rows_of(batch)
-
-        rows = Rows.collect(count, read(), self._schema)
-        order = np.argsort(keys)
+        ends = np.cumsum(np.bincount(parts, minlength=order.parts))
         step = block_rows(self._schema)
-        for start in range(0, len(order), step):
-            yield rows[order[start : start + step]]
+        with atomic_write(path) as file:
+            file.write(ends.astype(_END).data)
+            for start in range(0, len(records), step):
+                file.write(_bytes_of(records.take(by_part[start : start + step])))
 
 
-def part_counts(runs: Sequence[Path]) -> list[int]:
-    """Return how many rows each part has in all runs together."""
-    counts = [
-        _open_run(path, lambda run: msgspec.json.decode(run.schema.metadata[_COUNTS]))
-        for path in runs
-    ]
-    return [sum(each) for each in zip(*counts, strict=True)]
+class Runs:
+    """Training rows on their way from the source's order to the stored one.
+
+    A run is a file: where each part ends in it, as integers of 32 bits, counted in rows; then the
+    rows, part by part, as records of fixed size.
+
+    Args:
+        paths: What ``Arranger.write_run`` wrote, n runs.
+        parts: How many parts there are.
+        schema: What a row consists of.
+
+    Attributes:
+        parts: How many there are.
+
+    Raises:
+        UserError: A run is missing or damaged.
+        EnvironmentFaultError: One cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], parts: int, schema: FeatureSchema) -> None:
+        self.parts = parts
+        self._paths = paths
+        self._record = _record(schema)
+        self._block_rows = block_rows(schema)
+        self._ends = np.zeros((len(paths), parts + 1), _END)  # (n, parts + 1), first the beginning
+        for path, ends in zip(paths, self._ends, strict=True):
+            with _reading(path), open(path, "rb", buffering=0) as file:
+                _read(file, ends[1:])
+                expected = ends[1:].nbytes + int(ends[-1]) * self._record.itemsize
+                size = path.stat().st_size
+            if size != expected:
+                raise damaged(path, f"expected {expected} bytes, got {size}")
+            if (ends[1:] < ends[:-1]).any():
+                raise damaged(path, "a part ends before it begins")
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return self._ends.nbytes
+
+    def part(self, number: int) -> Iterator[Rows]:
+        """Return the rows of a part out of all runs, in the stored order."""
+        counts = self._ends[:, number + 1] - self._ends[:, number]
+        records = np.empty(int(counts.sum(dtype=np.int64)), self._record)
+        header = self.parts * _END.itemsize
+        start = 0
+        for path, first, count in zip(
+            self._paths, self._ends[:, number].tolist(), counts.tolist(), strict=True
+        ):
+            if count:
+                with _reading(path), open(path, "rb", buffering=0) as file:
+                    file.seek(header + first * self._record.itemsize)
+                    _read(file, records[start : start + count])
+                start += count
+        order = np.argsort(records["key"])
+        for start in range(0, len(order), self._block_rows):
+            chosen = records.take(order[start : start + self._block_rows])
+            yield Rows(chosen["label"].copy(), chosen["dense"].copy(), chosen["sparse"].copy())
 
 
-def _open_run(path: Path, read: Callable[[Any], T]) -> T:
-    """Read something of a run."""
+def _record(schema: FeatureSchema) -> np.dtype[np.void]:
+    """Return a row of a run: the key by which a part is sorted, and what is stored."""
+    return np.dtype(
+        [
+            ("key", "<u8"),
+            ("dense", "<i4", (len(schema.dense),)),
+            ("sparse", "<i4", (len(schema.sparse),)),
+            ("label", "u1"),
+        ]
+    )
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
+    return array.view(np.uint8).data
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-            return read(pa.ipc.open_file(file))
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+        with environment_faults(f"read {path}"):
+            yield
+    except (EOFError, OSError) as error:
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged: {error}. Delete the folder {path.parent} to start over.")
+def _read(file: FileIO, array: npt.NDArray[Any]) -> None:
+    """Fill an array with what comes next in a file.
+
+    Raises:
+        EOFError: The file ends before.
+    """
+    left = _bytes_of(array)
+    while left:
+        read = file.readinto(left)
+        if not read:
+            raise EOFError(f"it ends {len(left)} bytes early")
+        left = left[read:]
 
 
 def _short(count: int) -> type[np.unsignedinteger]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.data.lines import LineBlock, read_lines
+from dlrm.data.lines import GZIP, LineBlock, read_lines
 from dlrm.data.row_parser import (
     MARGIN,
     MAX_LINE_BYTES,
@@ -44,6 +46,9 @@ SPARSE_NAMES = tuple(f"cat_{index}" for index in range(26))
 BLOCK_BYTES = 4 << 20
 """Bytes parsed at a time: large enough that Python's share is small, small enough that the arrays
 of a block are no burden."""
+BLOCK_MEMORY = 4 * BLOCK_BYTES
+"""Memory that a block takes while it is parsed, about: its text, its rows in pieces, and whole."""
+_HEAD_BYTES = 1 << 20
 _TAB = b"\t"
 _NAME = re.compile(rb"[\"']?[A-Za-z_]\w*[\"']?")
 _OTHER_SEPARATORS = {b",": "commas", b";": "semicolons", b" ": "spaces"}
@@ -129,6 +134,23 @@ def schema(num_embeddings: tuple[int, ...], split_rule: str) -> FeatureSchema:
         source_format=SOURCE_FORMAT,
         split_rule=split_rule,
     )
+
+
+def estimate_rows(path: Path) -> int:
+    """Return about how many rows a file of raw rows has, from the first of them."""
+    with environment_faults(f"read {path}"):
+        size = path.stat().st_size
+        with open(path, "rb") as content:
+            head = content.read(_HEAD_BYTES)
+    unpacked = head
+    if head.startswith(GZIP):
+        with suppress(zlib.error):  # reading it will say what is wrong
+            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head)
+    lines = unpacked.count(b"\n")
+    if not lines:
+        return 1
+    bytes_of_row = len(head) * (unpacked.rfind(b"\n") + 1) / len(unpacked) / lines
+    return round(size / bytes_of_row)
 
 
 def read_blocks(

@@ -66,26 +66,6 @@ class Rows:
         return Rows(self.labels[index], self.dense[index], self.sparse[index])
 
     @staticmethod
-    def collect(count: int, runs: Iterable[Rows], schema: FeatureSchema) -> Rows:
-        """Return so many rows of several runs, of which but one is in memory at a time."""
-        rows = Rows(
-            np.empty(count, np.uint8),
-            np.empty((count, len(schema.dense)), np.int32),
-            np.empty((count, len(schema.sparse)), np.int32),
-        )
-        start = 0
-        for run in runs:
-            here = slice(start, start + len(run))
-            rows.labels[here], rows.dense[here], rows.sparse[here] = (
-                run.labels,
-                run.dense,
-                run.sparse,
-            )
-            start += len(run)
-        assert start == count
-        return rows
-
-    @staticmethod
     def concatenate(runs: Sequence[Rows]) -> Rows:
         """Return the rows of several runs, one after the other."""
         if len(runs) == 1:
@@ -364,7 +344,7 @@ def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]
             if reader.schema != expected:
                 raise _damaged(path, f"expected the columns {expected}, got {reader.schema}")
             for index in range(reader.num_record_batches):
-                run = rows_of(reader.get_batch(index))
+                run = _rows_of(reader.get_batch(index))
                 if len(run) and (
                     run.labels.max() > 1
                     or (run.sparse.max(axis=0, initial=-1) >= limits).any()
@@ -399,8 +379,8 @@ def _list_of(length: int) -> pa.DataType:
     return pa.list_(pa.field("item", pa.int32(), nullable=False), length)
 
 
-def rows_of(batch: pa.RecordBatch) -> Rows:
-    """Return the rows of a record batch whose first columns are those of ``stored_columns``.
+def _rows_of(batch: pa.RecordBatch) -> Rows:
+    """Return the rows of a record batch of the columns of ``stored_columns``.
 
     Raises:
         pyarrow.ArrowInvalid: It is damaged.
@@ -408,7 +388,7 @@ def rows_of(batch: pa.RecordBatch) -> Rows:
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise pa.ArrowInvalid("values are missing")
-    labels, dense, sparse, *_ = batch.columns
+    labels, dense, sparse = batch.columns
     return Rows(
         labels.to_numpy(),
         dense.flatten().to_numpy().reshape(len(batch), dense.type.list_size),

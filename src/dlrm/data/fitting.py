@@ -102,8 +102,10 @@ def fit_feature(
                 run[marked] = np.arange(known, known + len(marked), dtype=np.int64)
                 known += len(marked)
     else:
-        known = len(generations[0].ids)
-        generations[0].ids[:] = np.arange(known)
+        known = 0
+        for run in _runs(generations[0].ids):
+            run[:] = np.arange(known, known + len(run))
+            known += len(run)
     num_embeddings = known + has_other
     if num_embeddings > _LARGEST_TABLE:
         raise UserError(
@@ -160,8 +162,8 @@ def fit_prepared(
     scratch = work / f"generation-{feature:03}" if size * _ENTRY_BYTES > memory else None
     generation = _Generation(size, rows.value_blocks(feature), scratch)
     generation.count(spool, feature, spool.segments, spool.rows)
-    generation.ids[:] = np.arange(size)
-    ranges = _ranges([generation], max(memory, _LEAST_BYTES) // _ENTRY_BYTES)
+    left = max(memory - generation.nbytes, _LEAST_BYTES)
+    ranges = _ranges([generation], left // _ENTRY_BYTES)
 
     def parts() -> Iterator[Vocabulary]:
         for low, high in ranges:
@@ -317,13 +319,19 @@ class _Distinct:
     value's place among the distinct ones."""
 
 
+def _numbers_within(values: UInt32Array, low: int, high: int) -> Int32Array:
+    """Return the numbers of the values of a range, ascending."""
+    found = [np.zeros(0, np.int32)]
+    first = 0
+    for run in _runs(values):
+        within = np.flatnonzero((run >= low) & (run <= high - 1)) + first
+        found.append(within.astype(np.int32))
+        first += len(run)
+    return np.concatenate(found)
+
+
 def _distinct(generations: Sequence[_Generation], low: int, high: int) -> _Distinct:
-    chosen = [
-        np.flatnonzero((generation.values >= low) & (generation.values <= high - 1)).astype(
-            np.int32
-        )
-        for generation in generations
-    ]
+    chosen = [_numbers_within(generation.values, low, high) for generation in generations]
     values = np.concatenate(
         [each.values[numbers] for each, numbers in zip(generations, chosen, strict=True)]
     )

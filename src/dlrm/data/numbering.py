@@ -1,8 +1,9 @@
 """Values numbered in order of first appearance, while they stream by: the heart of preparation.
 
 The tables of all features share a budget of memory. When it is used up, the largest starts anew: a
-new *generation* of that feature, which numbers from 0 again. ``data/fitting.py`` joins the
-generations of a feature, so that its ids do not depend on where one ended.
+new *generation* of that feature, which numbers from 0 again. So does one that runs out of numbers.
+``data/fitting.py`` joins the generations of a feature, so that its ids do not depend on where one
+ended.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _SMALLEST_TABLE = 1 << 10
 _GROWTH = 1.5
 _MAX_LOAD = 0.8
 _SLOT_BYTES = 8
+_MOST_NUMBERS = 2**31 - 1
+"""Of a generation: a number is an int32."""
 
 
 class Numbering(Protocol):
@@ -188,18 +191,20 @@ class FeatureNumberings:
     def begin_segment(self, rows: int) -> None:
         """Make room for as many new values as a segment of so many rows can have.
 
-        Features start new generations, the largest first, where the budget does not suffice. Only
-        here: within a segment all rows are numbered by one generation.
+        Features start new generations, the largest first, where the budget does not suffice, and
+        each that might run out of numbers. Only here: within a segment all rows are numbered by one
+        generation.
         """
         for feature in range(len(self.features)):
+            if len(self.features[feature]) + rows > _MOST_NUMBERS:
+                self._start_anew(feature)
             while self._taken() + self.features[feature].growth(rows) > self._budget:
                 largest = max(
                     range(len(self.features)), key=lambda each: self.features[each].nbytes
                 )
                 if not len(self.features[largest]):
                     break  # a budget too small for a segment: grow all the same
-                self.features[largest] = make_numbering()
-                self.generations[largest] += 1
+                self._start_anew(largest)
             self.features[feature].grow(rows)
 
     def number(self, feature: int, values: UInt32Array) -> tuple[Int32Array, UInt32Array]:
@@ -216,6 +221,10 @@ class FeatureNumberings:
         """
         self.generations[feature] = generation
         self.features[feature].restore(np.concatenate(values))
+
+    def _start_anew(self, feature: int) -> None:
+        self.features[feature] = make_numbering()
+        self.generations[feature] += 1
 
     def _taken(self) -> int:
         return sum(numbering.nbytes for numbering in self.features)

@@ -18,9 +18,7 @@ import logging
 import math
 import os
 import re
-import shutil
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +32,11 @@ import numpy as np
 
 from dlrm.config import PrepareConfig, complete
 from dlrm.data import criteo
-from dlrm.data.arranging import Arranger, part_counts
+from dlrm.data.arranging import Arranger, Runs
 from dlrm.data.dataset import (
     Dataset,
     Manifest,
     Rows,
-    Source,
     StoredSplit,
     WrittenPart,
     part_name,
@@ -47,37 +44,27 @@ from dlrm.data.dataset import (
     publish,
     refuse_taken,
     remove_replaced,
-    row_bytes,
     stored_split,
     write_part,
 )
-from dlrm.data.fitting import FittedFeature, fit_feature, fit_prepared
-from dlrm.data.lines import GZIP
-from dlrm.data.reading import read_prepared, read_raw
-from dlrm.data.sources import (
-    PIPE,
-    PreparedSource,
-    RawSource,
-    SourceFile,
-    find_source,
-    piped_source,
-    require_unchanged,
-    require_utf8,
-)
+from dlrm.data.fitting import FittedFeature
+from dlrm.data.plan import Plan, size_text
+from dlrm.data.source_files import PIPE, require_utf8
+from dlrm.data.sources import RawSource, RowSource, find_source, piped_source
 from dlrm.data.splits import (
-    PERMUTATION_BYTES,
     RULES,
     SplitRows,
     StoredOrder,
     day_lengths,
     hold_back_last,
+    permutation_bytes,
 )
 from dlrm.data.spool import Spool
 from dlrm.data.verification import verify
-from dlrm.data.work import Inputs, Work
+from dlrm.data.work import Inputs, Work, as_source, find_differences
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
-from dlrm.files import FORMAT_VERSION, environment_faults, locked, read_json, sha256, write_json
+from dlrm.files import FORMAT_VERSION, environment_faults, locked, read_json, write_json
 from dlrm.progress import progress
 from dlrm.schema import SPLITS, FeatureSchema, Split
 
@@ -89,16 +76,15 @@ DEFAULT_MEMORY = 2 << 30
 MINIMUM_MEMORY = 1 << 30
 
 _DEFAULTS = PrepareConfig()
-_HEAD_BYTES = 1 << 20
 _LONGEST_NAME = 240
 """Of a DATASET: the hidden names beside it are a little longer."""
 _RESERVED_BYTES = 600 << 20
 """Of the memory ceiling: what the program itself, blocks being parsed and segments take."""
 _WORKER_BYTES = 200 << 20
 """What making one run or part takes, about."""
+_PARSING_BYTES = 200 << 20
+"""Of what is reserved: what blocks take that are being parsed."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_ROWS_PER_SECOND = 180_000
-"""A core's, about, for the first guess of a plan."""
 _RUNS = 64
 _MOST_SEGMENTS_PER_RUN = 4
 
@@ -146,8 +132,7 @@ def prepare(
     with _new_parents(dataset), locked(dataset, "dataset"):
         if work.is_published and (finished := _published(dataset, work, found, config)):
             return finished
-        if work.is_left_over:
-            work.remove()
+        work.tidy()
         if found and not overwrite and (finished := _finished(dataset, found, config)):
             return finished
         refuse_taken(dataset, overwrite=overwrite)
@@ -202,35 +187,6 @@ def memory_bytes(memory: int | str) -> int:
     return memory
 
 
-def _estimate_rows(file: Path) -> int:
-    """Return about how many rows a file of raw rows has, from the first of them."""
-    with environment_faults(f"read {file}"):
-        size = file.stat().st_size
-        with open(file, "rb") as content:
-            head = content.read(_HEAD_BYTES)
-    unpacked = head
-    if head.startswith(GZIP):
-        with suppress(zlib.error):  # reading it will say what is wrong
-            unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head)
-    lines = unpacked.count(b"\n")
-    if not lines:
-        return 1
-    bytes_of_row = len(head) * (unpacked.rfind(b"\n") + 1) / len(unpacked) / lines
-    return round(size / bytes_of_row)
-
-
-def _stored_row_bytes() -> int:
-    return row_bytes(criteo.schema((1,) * len(criteo.SPARSE_NAMES), ""))
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes for a reader: 15.7 kB, 3.1 MB, 7.2 GB."""
-    for unit, length in (("GB", 1e9), ("MB", 1e6)):
-        if size >= length:
-            return f"{size / length:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"
-
-
 @contextmanager
 def _new_parents(dataset: Path) -> Iterator[None]:
     """Remove the folders that were made for a DATASET to lie in, if it is not made after all."""
@@ -245,43 +201,22 @@ def _new_parents(dataset: Path) -> Iterator[None]:
 
 
 def _published(
-    dataset: Path, work: Work, source: RawSource | PreparedSource | None, config: PrepareConfig
+    dataset: Path, work: Work, source: RowSource | None, config: PrepareConfig
 ) -> Dataset | None:
     """Tidy up after a process that was killed once its DATASET was in place.
 
     Returns:
         The DATASET, if it is the one that is asked for now.
     """
-    is_same = not _differences_of_work(work, source, config)
+    is_same = not work.differences(source.files if source else None, config)
     remove_replaced(dataset)
     work.remove()
     if not is_same or not (dataset / "manifest.json").exists():
         return None
     found = Dataset.open(dataset)
     options = found.manifest.options or PrepareConfig()
-    return None if _differences(found.manifest.sources, options, source, config) else found
-
-
-def _differences_of_work(
-    work: Work, source: RawSource | PreparedSource | None, config: PrepareConfig
-) -> list[str]:
-    """Say in what a preparation that was begun differs from the one that is asked for.
-
-    Args:
-        work: The one that was begun.
-        source: What is asked for; None: standard input, whatever comes.
-        config: Likewise.
-    """
-    try:
-        begun = work.begun_with()
-    except UserError as error:
-        return [str(error).removesuffix(".")]
-    if begun.format_version != FORMAT_VERSION:
-        return [
-            f"it was begun by a dlrm that writes format version {begun.format_version}, and this "
-            f"one writes {FORMAT_VERSION}"
-        ]
-    return _differences(begun.sources, begun.options, source, config)
+    files = source.files if source else None
+    return None if find_differences(found.manifest.sources, options, files, config) else found
 
 
 def _half_made(dataset: Path, differences: Sequence[str]) -> UserError:
@@ -295,15 +230,18 @@ def _half_made(dataset: Path, differences: Sequence[str]) -> UserError:
 def _piped(dataset: Path, work: Work, config: PrepareConfig, *, overwrite: bool) -> RawSource:
     """Copy standard input to the disk, unless that was done before an interruption."""
     if work.is_begun and not overwrite:
-        if differences := _differences_of_work(work, None, config):
+        if differences := work.differences(None, config):
             raise _half_made(dataset, differences)
     try:
         return piped_source(work.piped, config, anew=overwrite)
     except BaseException:
-        if work.is_left_over:
-            with suppress(EnvironmentFaultError):  # what went wrong before is to be told
-                work.remove()
+        with suppress(EnvironmentFaultError):  # what went wrong before is to be told
+            work.tidy()
         raise
+
+
+class _MendableError(UserError):
+    """An error after which what is finished is of use to the same command, or to a mended one."""
 
 
 class _Preparation:
@@ -320,7 +258,7 @@ class _Preparation:
 
     def __init__(
         self,
-        source: RawSource | PreparedSource,
+        source: RowSource,
         dataset: Path,
         work: Work,
         config: PrepareConfig,
@@ -335,18 +273,24 @@ class _Preparation:
         self.memory = memory - _RESERVED_BYTES
         """Of the ceiling, what tables, runs and parts may take."""
         self.overwrite = overwrite
-        self.workers = max(1, min(available_cores(), self.memory // _WORKER_BYTES))
+        self.workers = self._workers_beside(0)
+        # One block more than there are threads is being parsed.
+        threads = _PARSING_BYTES // criteo.BLOCK_MEMORY - 1
+        self.parsers = max(1, min(available_cores(), threads))
+
+    def _workers_beside(self, held: int) -> int:
+        """Return how many threads have memory to work in, beside what is held meanwhile."""
+        return max(1, min(available_cores(), (self.memory - held) // _WORKER_BYTES))
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
         """Leave nothing behind after an error, but what the same command can go on with."""
         try:
             yield
-        except UserError:
-            self._remove_work()
-            raise
-        except BaseException:
-            if self.work.piped.exists() or (self._spool / "segment-00000.json").exists():
+        except BaseException as error:
+            is_useless = isinstance(error, UserError) and not isinstance(error, _MendableError)
+            is_begun = self.work.piped.exists() or (self._spool / "segment-00000.json").exists()
+            if is_begun and not is_useless:
                 logger.warning(
                     "%s is unfinished; the same command goes on with it (or delete %s)",
                     self.dataset,
@@ -369,68 +313,53 @@ class _Preparation:
         """
         if not self.work.is_begun:
             self.work.clear()
-        elif not (differences := _differences_of_work(self.work, self.source, self.config)):
+        elif not (differences := self.work.differences(self.source.files, self.config)):
             logger.info("going on with the interrupted preparation of %s", self.dataset)
         elif self.overwrite:
             self.work.clear()
         else:
             raise _half_made(self.dataset, differences)
-        self._tell_plan()
-        self._require_permutable(self._expected_rows())
-
-    def _expected_rows(self) -> int:
-        """Return how many rows the source has, about."""
-        if isinstance(self.source, PreparedSource):
-            return len(self.source.rows)
-        return sum(_estimate_rows(file.path) for file in self.source.files)
+        rows = self.source.expected_rows()
+        plan = Plan(
+            names=tuple(file.name for file in self.source.files),
+            source_bytes=self.source.bytes,
+            rows=rows,
+            shuffled=self.config.shuffle != "none",
+            made_bytes=self.work.bytes,
+            ceiling=self.ceiling,
+        )
+        plan.tell(self.dataset)
+        self._require_permutable(rows)
 
     def _require_permutable(self, rows: int) -> None:
-        """Refuse an order that would take too much memory."""
-        needed = rows * PERMUTATION_BYTES
+        """Refuse an order that would take too much memory.
+
+        Raises:
+            UserError: It does; what was read is of use with more.
+        """
+        needed = permutation_bytes(rows)
         if self.config.shuffle in ("reference", "reference-day") and needed > self.memory:
-            raise UserError(
+            remedy = (
+                "Raise --memory to go on, or start over with --shuffle total --overwrite."
+                if self.work.is_begun
+                else "Use --shuffle total, or raise --memory."
+            )
+            raise _MendableError(
                 f"--shuffle {self.config.shuffle} draws a permutation of about {rows:,} rows, for "
                 f"which {size_text(needed)} of memory are needed and {size_text(self.memory)} are "
-                "left. Use --shuffle total, or raise --memory."
+                f"left. {remedy}"
             )
 
     @property
     def _spool(self) -> Path:
         return self.work.folder / "spool"
 
-    def _tell_plan(self) -> None:
-        rows = self._expected_rows()
-        made = self.work.bytes
-        folder = self.dataset.absolute().parent
-        with environment_faults(f"write to {folder}"):
-            free = shutil.disk_usage(folder).free
-        needed = _disk_bytes(rows, shuffled=self.config.shuffle != "none") - made
-        names = [file.name for file in self.source.files]
-        shown = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} files)"
-        logger.info(
-            "plan: %s, %s%s; a DATASET of about %s, with %s of disk while it is made (%s are "
-            "free); at most %s of memory%s",
-            shown,
-            size_text(self.source.bytes),
-            f", about {rows:,} rows" if rows else "",
-            size_text(rows * _stored_row_bytes()),
-            size_text(max(needed, 0)),
-            size_text(free),
-            f"{self.ceiling / 2**30:.1f} GiB",
-            f"; about {_duration(rows / _ROWS_PER_SECOND / available_cores())}" if rows else "",
-        )
-        if free < needed:
-            raise EnvironmentFaultError(
-                f"{self.dataset} needs about {size_text(needed)} of disk while it is made, and "
-                f"{size_text(free)} are free in {folder}. Free some space, or choose another place."
-            )
-
     def run(self) -> None:
         """Go through all stages, from where an earlier process stopped."""
-        self.work.begin(Inputs(tuple(map(_as_source, self.source.files)), self.config))
+        self.work.begin(Inputs(tuple(map(as_source, self.source.files)), self.config))
         spool = Spool(self._spool)
         with _stage("read"):
-            self._read(spool)
+            self.source.read(spool, self.config, table_bytes=self.memory, threads=self.parsers)
         days = self._days(spool)
         split = days.split
         with _stage("fit"):
@@ -444,7 +373,7 @@ class _Preparation:
         manifest = Manifest(
             splits=splits,
             schema_fingerprint=schema.fingerprint,
-            sources=self._sources(spool),
+            sources=self.source.records(spool),
             options=self.config,
             days=split.days,
             day_clicks=days.clicks,
@@ -459,21 +388,11 @@ class _Preparation:
         assert sum(each.clicks for each in splits.values()) == sum(days.clicks)
         with _stage("verify"):
             verify(Dataset(self.work.dataset, schema, manifest), workers=self.workers)
-        publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
+        try:
+            publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
+        except UserError as error:  # something was put there meanwhile
+            raise _MendableError(str(error)) from error
         self.work.remove()
-
-    def _read(self, spool: Spool) -> None:
-        if isinstance(self.source, PreparedSource):
-            rows = self.source.rows
-            with progress("read", len(rows), unit="rows", unit_scale=True) as bar:
-                read_prepared(rows, spool, progress=bar.update)
-            require_unchanged(self.source.files)
-            return
-        last = spool.segments[-1] if spool.segments else None
-        if last and last.source_sha256 and last.file == len(self.source.files) - 1:
-            return
-        with progress("read", self.source.bytes, unit="B", unit_scale=True) as bar:
-            read_raw(self.source, spool, self.config, table_bytes=self.memory, progress=bar.update)
 
     def _days(self, spool: Spool) -> _Days:
         """Cut the rows into days and splits, unless that was done before segments were removed."""
@@ -498,16 +417,13 @@ class _Preparation:
             UserError: A split would be empty.
         """
         name = str(self.source.files[0].path if len(self.source.files) == 1 else "the source")
-        by_day = self._rows_by_day(spool)
-        if self.source.split == "none":
+        by_day = self.source.rows_by_day(spool)
+        if fixed := self.source.fixed_split:
+            split = fixed
+        elif self.source.split == "none":
             split = SplitRows(by_day, 0, 0)
         elif self.source.split == "days":
             split = hold_back_last(by_day)
-        elif self.source.split == "fixed":
-            assert isinstance(self.source, PreparedSource)
-            fixed = self.source.rows.fixed_splits
-            assert fixed is not None
-            split = SplitRows((fixed.train,), fixed.test, fixed.validation)
         else:
             last = spool.segments[-1]
             # The days are cut before rows are dropped.
@@ -522,19 +438,11 @@ class _Preparation:
                 )
         return split
 
-    def _rows_by_day(self, spool: Spool) -> tuple[int, ...]:
-        if isinstance(self.source, PreparedSource):
-            return self.source.rows.days
-        files = [0] * len(self.source.files)
-        for segment in spool.segments:
-            files[segment.file] += segment.rows
-        return tuple(files)
-
     def _fit(self, spool: Spool, split: SplitRows) -> list[FittedFeature]:
         if self.config.hash_buckets:
             return []
         vocabularies = self.work.dataset / "vocabulary"
-        if not isinstance(self.source, PreparedSource) or self.source.rows.has_values:
+        if self.source.has_values:
             with environment_faults(f"write to {vocabularies}"):
                 vocabularies.mkdir(exist_ok=True)
         train_rows = len(split.ranges["train"])
@@ -543,10 +451,7 @@ class _Preparation:
 
         def fit(feature: int) -> FittedFeature:
             file = vocabularies / _vocabulary_name(feature)
-            if isinstance(self.source, PreparedSource):
-                rows = self.source.rows
-                return fit_prepared(spool, feature, file, self.work.folder, rows, memory=memory)
-            return fit_feature(
+            return self.source.fit(
                 spool,
                 feature,
                 file,
@@ -579,10 +484,10 @@ class _Preparation:
 
     def _arrange(
         self, spool: Spool, split: SplitRows, schema: FeatureSchema, arranger: Arranger
-    ) -> list[Path]:
-        """Write runs of training rows, sorted by part; none where rows keep their order."""
+    ) -> Runs | None:
+        """Write runs of training rows, sorted by part; None where rows keep their order."""
         if self.config.shuffle == "none":
-            return []
+            return None
         train = split.ranges["train"]
         self._require_permutable(len(train))
         order = StoredOrder(
@@ -594,7 +499,7 @@ class _Preparation:
         grouped = [segments[start : start + size] for start in range(0, len(segments), size)]
 
         def arrange(number: int) -> Path:
-            path = self.work.folder / f"run-{number:05}.arrow"
+            path = self.work.folder / f"run-{number:05}.rows"
             if not path.exists():
                 arranger.write_run(path, grouped[number], order, len(train))
             for segment in grouped[number]:
@@ -602,22 +507,23 @@ class _Preparation:
                     spool.remove_rows(segment.number)
             return path
 
-        return self._each("arrange", range(len(grouped)), arrange, "runs")
+        paths = self._each("arrange", range(len(grouped)), arrange, "runs", held=order.nbytes)
+        return Runs(paths, order.parts, schema)
 
     def _write(
         self,
         split: SplitRows,
         schema: FeatureSchema,
         arranger: Arranger,
-        runs: Sequence[Path],
+        runs: Runs | None,
     ) -> dict[Split, StoredSplit]:
         """Write the parts of all splits."""
         step = part_rows(schema)
         jobs: list[tuple[Split, int, Callable[[], Iterator[Rows]]]] = []
         for each, rows in split.ranges.items():
             if each == "train" and runs:
-                for number, count in enumerate(part_counts(runs)):
-                    jobs.append((each, number, partial(arranger.part_of_runs, runs, number, count)))
+                for number in range(runs.parts):
+                    jobs.append((each, number, partial(runs.part, number)))
             else:
                 for number, start in enumerate(range(rows.start, rows.stop, step)):
                     some = range(start, min(start + step, rows.stop))
@@ -632,7 +538,8 @@ class _Preparation:
             write_json(record, written)
             return written
 
-        written = self._each("write", range(len(jobs)), write, "parts")
+        held = runs.nbytes if runs else 0
+        written = self._each("write", range(len(jobs)), write, "parts", held=held)
         return {
             each: stored_split(
                 part for (split_, _, _), part in zip(jobs, written, strict=True) if split_ == each
@@ -640,29 +547,25 @@ class _Preparation:
             for each in SPLITS
         }
 
-    def _sources(self, spool: Spool) -> tuple[Source, ...]:
-        if isinstance(self.source, PreparedSource):
-            checksums = [sha256(file.path) for file in self.source.files]
-            require_unchanged(self.source.files)
-            return tuple(
-                dataclasses.replace(_as_source(file), sha256=checksum)
-                for file, checksum in zip(self.source.files, checksums, strict=True)
-            )
-        ends = {segment.file: segment for segment in spool.segments if segment.source_sha256}
-        return tuple(
-            dataclasses.replace(
-                _as_source(file),
-                sha256=ends[number].source_sha256,
-                lacks_last_newline=ends[number].lacks_last_newline,
-            )
-            for number, file in enumerate(self.source.files)
-        )
-
     def _each(
-        self, stage: str, items: Sequence[int], work: Callable[[int], T], unit: str
+        self,
+        stage: str,
+        items: Sequence[int],
+        work: Callable[[int], T],
+        unit: str,
+        *,
+        held: int = 0,
     ) -> list[T]:
-        """Work on items on several threads, with a progress bar; return the results in order."""
-        pool = ThreadPoolExecutor(self.workers)
+        """Work on items on several threads, with a progress bar; return the results in order.
+
+        Args:
+            stage: Its name.
+            items: Numbers of what is to be done.
+            work: Does one.
+            unit: What an item is, in the plural.
+            held: Bytes of memory that all of them use together.
+        """
+        pool = ThreadPoolExecutor(self._workers_beside(held))
         try:
             return list(progress(stage, len(items), pool.map(work, items), unit=unit))
         finally:
@@ -715,26 +618,7 @@ def _sum_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _disk_bytes(rows: int, *, shuffled: bool) -> int:
-    """Return about how much disk preparation takes at its peak."""
-    stored = _stored_row_bytes()
-    # The spool, narrower than what is stored, is gone by the time that parts are written.
-    return rows * (2 * stored + 8 if shuffled else 2 * stored)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _as_source(file: SourceFile) -> Source:
-    return Source(file.name, file.bytes, file.mtime_ns, sha256="")
-
-
-def _finished(
-    dataset: Path, source: RawSource | PreparedSource, config: PrepareConfig
-) -> Dataset | None:
+def _finished(dataset: Path, source: RowSource, config: PrepareConfig) -> Dataset | None:
     """Open a DATASET, if there is one; it must be made from this source with these options.
 
     Raises:
@@ -748,7 +632,7 @@ def _finished(
     except UserError as error:
         raise UserError(f"{error} (--overwrite starts over.)") from error
     options = found.manifest.options or PrepareConfig()
-    if differences := _differences(found.manifest.sources, options, source, config):
+    if differences := find_differences(found.manifest.sources, options, source.files, config):
         raise UserError(
             f"{dataset} is another DATASET: {'; '.join(differences)}. Choose another one, or start "
             "over with --overwrite."
@@ -756,59 +640,3 @@ def _finished(
     names = ", ".join(str(file.path) for file in source.files)
     logger.info("%s is prepared already from %s with these options", dataset, names)
     return found
-
-
-def _differences(
-    sources: Sequence[Source],
-    options: PrepareConfig,
-    source: RawSource | PreparedSource | None,
-    config: PrepareConfig,
-) -> list[str]:
-    """Say in what a preparation differs from the one that is asked for.
-
-    Args:
-        sources: What it was made from.
-        options: How.
-        source: What is asked for; None: standard input, whatever comes.
-        config: Likewise.
-    """
-    differences = []
-    made_from = _listed([(each.name, each.bytes) for each in sources]) or "made-up rows"
-    if source is None:
-        if [each.name for each in sources] != [PIPE]:
-            differences.append(f"it was made from {made_from}, and standard input is asked for")
-    elif len(sources) != len(source.files) or not all(map(_is_same, sources, source.files)):
-        now = _listed([(str(each.path), each.bytes) for each in source.files])
-        known = all(each.sha256 for each in sources)
-        differences.append(
-            f"it was made from {made_from}, and {now} "
-            + ("has other content" if known else "is another file, or was changed since")
-        )
-    for field in dataclasses.fields(PrepareConfig):
-        expected, got = getattr(config, field.name), getattr(options, field.name)
-        # Without a shuffle or drawing its seed makes no difference.
-        idle = field.name == "seed" and all(
-            each.shuffle == "none" and not each.data_sub_sample_rate for each in (config, options)
-        )
-        if expected != got and not idle:
-            flag = f"--{field.name.replace('_', '-')}"
-            differences.append(f"it was made with {flag} {got}, and {flag} {expected} is asked for")
-    return differences
-
-
-def _listed(files: Sequence[tuple[str, int]]) -> str:
-    shown = [f"{name} ({size} bytes)" for name, size in files]
-    return ", ".join(shown if len(shown) < 4 else [shown[0], "…", shown[-1]])
-
-
-def _is_same(made_from: Source, now: SourceFile) -> bool:
-    """Tell whether a file is still what it was; its content is read only if its time changed.
-
-    Of a preparation that was interrupted the content's checksum is not known yet.
-    """
-    if made_from.bytes != now.bytes:
-        return False
-    if made_from.mtime_ns == now.mtime_ns:
-        return True
-    with environment_faults(f"read {now.path}"):
-        return bool(made_from.sha256) and made_from.sha256 == sha256(now.path)

@@ -15,10 +15,9 @@ from dlrm.config import PrepareConfig
 from dlrm.data import criteo
 from dlrm.data.numbering import FeatureNumberings
 from dlrm.data.prepared import Block, PreparedRows
-from dlrm.data.sources import PIPE, RawSource, require_unchanged
+from dlrm.data.source_files import PIPE, SourceFile, require_unchanged
 from dlrm.data.spool import Columns, RejectedRow, Segment, Spool
 from dlrm.data.vocabulary import taken_modulo
-from dlrm.device import available_cores
 from dlrm.errors import UserError
 
 SEGMENT_ROWS = 1 << 18
@@ -30,20 +29,22 @@ _Values = npt.NDArray[np.uint32]
 
 
 def read_raw(
-    source: RawSource,
+    files: Sequence[SourceFile],
     spool: Spool,
     config: PrepareConfig,
     *,
     table_bytes: int,
+    threads: int,
     progress: Callable[[int], object],
 ) -> None:
     """Read raw rows into a spool, from where it ends.
 
     Args:
-        source: Files of raw rows.
+        files: Of raw rows, in order.
         spool: Empty, or what an interrupted preparation of the same source left.
         config: What becomes of rows and values.
         table_bytes: Memory for the numbers of values.
+        threads: How many to parse and to number on.
         progress: Told of the bytes of the source that were read.
 
     Raises:
@@ -51,12 +52,12 @@ def read_raw(
         EnvironmentFaultError: A disk is full or fails.
     """
     with (
-        _named_as_source(source),
-        ThreadPoolExecutor(available_cores()) as pool,
+        _named_as_source(files[0]),
+        ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as writer,
     ):
-        reader = _RawReader(source, spool, config, table_bytes, progress, pool, writer)
-        for number, file in enumerate(source.files):
+        reader = _RawReader(files, spool, config, table_bytes, threads, progress, pool, writer)
+        for number, file in enumerate(files):
             last = reader.last
             if last is None or last.file < number:
                 reader.read_file(number, criteo.Position())
@@ -67,12 +68,11 @@ def read_raw(
 
 
 @contextmanager
-def _named_as_source(source: RawSource) -> Iterator[None]:
+def _named_as_source(file: SourceFile) -> Iterator[None]:
     """Name in errors what a user knows: not the file to which a pipe was copied."""
     try:
         yield
     except UserError as error:
-        file = source.files[0]
         if file.name != PIPE:
             raise
         raise UserError(str(error).replace(str(file.path), "standard input")) from error
@@ -120,17 +120,19 @@ def _append_prepared(spool: Spool, blocks: Sequence[Block]) -> None:
 class _RawReader:
     def __init__(
         self,
-        source: RawSource,
+        files: Sequence[SourceFile],
         spool: Spool,
         config: PrepareConfig,
         table_bytes: int,
+        threads: int,
         progress: Callable[[int], object],
         pool: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
     ) -> None:
-        self._source = source
+        self._files = files
         self._spool = spool
         self._config = config
+        self._threads = threads
         self._progress = progress
         self._pool = pool
         self._writer = writer
@@ -158,7 +160,7 @@ class _RawReader:
 
     def read_file(self, number: int, start: criteo.Position) -> None:
         """Read a file of the source, or the rest of one that was read up to ``start``."""
-        file = self._source.files[number]
+        file = self._files[number]
         digest = hashlib.sha256()
 
         def observe(chunk: bytes) -> None:
@@ -176,6 +178,7 @@ class _RawReader:
             observe=observe,
             start=start,
             bad_rows=self._config.bad_rows,
+            threads=self._threads,
         ):
             blocks.append(block)
             rows, end, is_terminated = rows + len(block), block.end, block.is_terminated
@@ -217,7 +220,7 @@ class _RawReader:
             generations=tuple(self._numberings.generations),
             new_values=tuple(map(len, new_values)),
             missing=tuple(sum((block.missing for block in blocks), _NO_MISSING).tolist()),
-            rejected=self._count_rejected(blocks),
+            rejected=self._count_rejected(file, blocks),
             examples=self._take_examples(file, blocks),
             source_sha256=source_sha256,
             lacks_last_newline=lacks_last_newline,
@@ -253,7 +256,8 @@ class _RawReader:
         self, blocks: Sequence[criteo.RawBlock], kept: npt.NDArray[np.int64] | None
     ) -> tuple[list[npt.NDArray[np.integer]], list[_Values]]:
         """Return each sparse column, and the values that are new in it."""
-        self._numberings.begin_segment(sum(map(len, blocks)))
+        if not self._config.hash_buckets:
+            self._numberings.begin_segment(sum(map(len, blocks)))
 
         def number(feature: int) -> tuple[npt.NDArray[np.integer], _Values]:
             values = np.concatenate([_NO_VALUES, *(block.sparse[:, feature] for block in blocks)])
@@ -267,25 +271,28 @@ class _RawReader:
         numbered = list(self._pool.map(number, range(len(criteo.SPARSE_NAMES))))
         return [each[0] for each in numbered], [each[1] for each in numbered]
 
-    def _count_rejected(self, blocks: Sequence[criteo.RawBlock]) -> dict[str, int]:
+    def _count_rejected(self, file: int, blocks: Sequence[criteo.RawBlock]) -> dict[str, int]:
         counted: Counter[str] = Counter()
         for block in blocks:
             counted.update(block.rejected)
             self._rejected += sum(block.rejected.values())
             if self._rejected > self._config.max_bad_rows:
+                path = self._files[file].path
                 raise UserError(
-                    f"{block.examples[-1].message} With it there are {self._rejected} malformed "
-                    f"rows, and --max-bad-rows is {self._config.max_bad_rows}."
+                    f"{path}, lines {block.start.line + 1} to {block.end.line}: with those before "
+                    f"there are {self._rejected} malformed rows, and --max-bad-rows is "
+                    f"{self._config.max_bad_rows}. Raise it if they may be left out. The first of "
+                    f"these lines that is malformed: {block.examples[0].message}"
                 )
         return dict(counted)
 
     def _take_examples(
         self, file: int, blocks: Sequence[criteo.RawBlock]
     ) -> tuple[RejectedRow, ...]:
-        name = self._source.files[file].name
+        name = self._files[file].name
         lines = [line for block in blocks for line in block.examples][: _EXAMPLES - self._examples]
         self._examples += len(lines)
-        path = str(self._source.files[file].path)  # which is no part of the DATASET
+        path = str(self._files[file].path)  # which is no part of the DATASET
         return tuple(
             RejectedRow(name, line.line, line.reason, line.message.replace(path, name))
             for line in lines

@@ -1,4 +1,4 @@
-"""Where rows come from: the files that a SOURCE means, in order, and how their rows are split."""
+"""Where rows come from: the files that a SOURCE means, in order, and how each kind is read."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from dlrm.config import PrepareConfig
+from dlrm.data import criteo
+from dlrm.data.dataset import Source
+from dlrm.data.fitting import FittedFeature, fit_feature, fit_prepared
 from dlrm.data.prepared import PreparedRows, recognise
-from dlrm.data.splits import SplitRule
+from dlrm.data.reading import read_prepared, read_raw
+from dlrm.data.source_files import PIPE, SourceFile, describe_file, require_unchanged
+from dlrm.data.splits import SplitRows, SplitRule
+from dlrm.data.spool import Spool
+from dlrm.data.work import as_source
 from dlrm.errors import UserError
-from dlrm.files import atomic_write, environment_faults
+from dlrm.files import atomic_write, environment_faults, sha256
+from dlrm.progress import progress
 
-PIPE = "-"
-"""The SOURCE that means standard input."""
 _DAY = re.compile(r"day_([0-9]+)(\.gz)?")
 _PREPARED = (".npz", ".bin")
 _CHUNK_BYTES = 1 << 20
@@ -27,52 +33,64 @@ _CHUNK_BYTES = 1 << 20
 logger = logging.getLogger("dlrm")
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source, as it was before it was read."""
+class RowSource(Protocol):
+    """Where rows come from, and how they get from there into a spool and a DATASET."""
 
-    path: Path
-    name: str
-    bytes: int
-    mtime_ns: int
-    """Time of its last change, in nanoseconds since 1970."""
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """What is read, in order."""
 
+    @property
+    def split(self) -> SplitRule:
+        """How rows are split."""
 
-def describe_file(path: Path, name: str = "") -> SourceFile:
-    """Describe a file without reading it.
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
 
-    Raises:
-        UserError: Its name cannot be written down.
-    """
-    require_utf8(name or path.name)
-    with environment_faults(f"read {path}"):
-        status = path.stat()
-    return SourceFile(path, name or path.name, status.st_size, status.st_mtime_ns)
+    @property
+    def has_values(self) -> bool:
+        """Whether raw values are known, of which vocabularies consist."""
 
+    @property
+    def fixed_split(self) -> SplitRows | None:
+        """Which rows train, where the files themselves say so."""
 
-def require_unchanged(files: Iterable[SourceFile]) -> None:
-    """Refuse files that are not what they were before they were read.
+    def expected_rows(self) -> int:
+        """Return about how many rows there are."""
 
-    Raises:
-        UserError: Naming the first that has changed.
-    """
-    for file in files:
-        if describe_file(file.path, file.name) != file:
-            raise UserError(
-                f"{file.path} changed while it was read. Prepare it once it is complete."
-            )
+    def read(self, spool: Spool, config: PrepareConfig, *, table_bytes: int, threads: int) -> None:
+        """Read rows into a spool, from where it ends.
 
+        Args:
+            spool: Empty, or what an interrupted preparation of the same source left.
+            config: What becomes of rows and values.
+            table_bytes: Memory for the numbers of values.
+            threads: How many to parse and to number on.
 
-def require_utf8(name: str) -> None:
-    """Refuse a name that is no text, and so could not be recorded.
+        Raises:
+            UserError: The source is malformed or damaged, or changes meanwhile.
+            EnvironmentFaultError: A disk is full or fails.
+        """
 
-    Raises:
-        UserError: Naming it.
-    """
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the name {name!a} is not UTF-8. Rename it.") from None
+    def rows_by_day(self, spool: Spool) -> tuple[int, ...]:
+        """Return how many rows of a spool, in its order, each day has; of raw rows, each file."""
+
+    def fit(
+        self,
+        spool: Spool,
+        feature: int,
+        vocabulary: Path,
+        work: Path,
+        config: PrepareConfig,
+        *,
+        train_rows: int,
+        memory: int,
+    ) -> FittedFeature:
+        """Write the vocabulary of a sparse feature, and its maps; see ``fitting.fit_feature``."""
+
+    def records(self, spool: Spool) -> tuple[Source, ...]:
+        """Return what a DATASET tells of the files, once all are read."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +99,67 @@ class RawSource:
 
     files: tuple[SourceFile, ...]
     split: SplitRule
+    has_values = True
+    fixed_split = None
 
     @property
     def bytes(self) -> int:
         """Size of all files."""
         return sum(file.bytes for file in self.files)
+
+    def expected_rows(self) -> int:
+        """Estimate the number of rows; see ``RowSource``."""
+        return sum(criteo.estimate_rows(file.path) for file in self.files)
+
+    def read(self, spool: Spool, config: PrepareConfig, *, table_bytes: int, threads: int) -> None:
+        """Read rows; see ``RowSource``."""
+        last = spool.segments[-1] if spool.segments else None
+        if last and last.source_sha256 and last.file == len(self.files) - 1:
+            return
+        with progress("read", self.bytes, unit="B", unit_scale=True) as bar:
+            read_raw(
+                self.files,
+                spool,
+                config,
+                table_bytes=table_bytes,
+                threads=threads,
+                progress=bar.update,
+            )
+
+    def rows_by_day(self, spool: Spool) -> tuple[int, ...]:
+        """Count the rows of each file; see ``RowSource``."""
+        rows = [0] * len(self.files)
+        for segment in spool.segments:
+            rows[segment.file] += segment.rows
+        return tuple(rows)
+
+    def fit(
+        self,
+        spool: Spool,
+        feature: int,
+        vocabulary: Path,
+        work: Path,
+        config: PrepareConfig,
+        *,
+        train_rows: int,
+        memory: int,
+    ) -> FittedFeature:
+        """Fit a feature; see ``RowSource``."""
+        return fit_feature(
+            spool, feature, vocabulary, work, config, train_rows=train_rows, memory=memory
+        )
+
+    def records(self, spool: Spool) -> tuple[Source, ...]:
+        """Describe the files as they were read; see ``RowSource``."""
+        ends = {segment.file: segment for segment in spool.segments if segment.source_sha256}
+        return tuple(
+            dataclasses.replace(
+                as_source(file),
+                sha256=ends[number].source_sha256,
+                lacks_last_newline=ends[number].lacks_last_newline,
+            )
+            for number, file in enumerate(self.files)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,8 +175,58 @@ class PreparedSource:
         """Size of all files."""
         return sum(file.bytes for file in self.files)
 
+    @property
+    def has_values(self) -> bool:
+        """Whether there are dictionaries; see ``RowSource``."""
+        return self.rows.has_values
 
-def find_source(source: Path, config: PrepareConfig) -> RawSource | PreparedSource:
+    @property
+    def fixed_split(self) -> SplitRows | None:
+        """Which rows train; see ``RowSource``."""
+        fixed = self.rows.fixed_splits
+        if fixed is None or self.split != "fixed":
+            return None
+        return SplitRows((fixed.train,), fixed.test, fixed.validation)
+
+    def expected_rows(self) -> int:
+        """Return the number of rows; see ``RowSource``."""
+        return len(self.rows)
+
+    def read(self, spool: Spool, config: PrepareConfig, *, table_bytes: int, threads: int) -> None:
+        """Read rows, which are numbered already; see ``RowSource``."""
+        with progress("read", len(self.rows), unit="rows", unit_scale=True) as bar:
+            read_prepared(self.rows, spool, progress=bar.update)
+        require_unchanged(self.files)
+
+    def rows_by_day(self, spool: Spool) -> tuple[int, ...]:
+        """Return the rows of each day; see ``RowSource``."""
+        return self.rows.days
+
+    def fit(
+        self,
+        spool: Spool,
+        feature: int,
+        vocabulary: Path,
+        work: Path,
+        config: PrepareConfig,
+        *,
+        train_rows: int,
+        memory: int,
+    ) -> FittedFeature:
+        """Take over a dictionary; see ``RowSource``."""
+        return fit_prepared(spool, feature, vocabulary, work, self.rows, memory=memory)
+
+    def records(self, spool: Spool) -> tuple[Source, ...]:
+        """Describe the files as they are; see ``RowSource``."""
+        checksums = [sha256(file.path) for file in self.files]
+        require_unchanged(self.files)
+        return tuple(
+            dataclasses.replace(as_source(file), sha256=checksum)
+            for file, checksum in zip(self.files, checksums, strict=True)
+        )
+
+
+def find_source(source: Path, config: PrepareConfig) -> RowSource:
     """Return the files that a source means.
 
     Args:
@@ -114,9 +238,10 @@ def find_source(source: Path, config: PrepareConfig) -> RawSource | PreparedSour
         UserError: There are none, or they cannot be split or treated as asked.
         EnvironmentFaultError: They cannot be read.
     """
-    if _is_prepared(source):
-        return _prepared_source(source, config)
-    return raw_source(source, config)
+    with environment_faults(f"read {source}"):
+        if _is_prepared(source):
+            return _prepared_source(source, config)
+        return raw_source(source, config)
 
 
 def _is_prepared(source: Path) -> bool:
@@ -193,11 +318,10 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
             )
         _refuse_days(str(source), config)
         return [describe_file(source)]
-    found: dict[int, Path] = {}
-    for path in sorted(source.iterdir()):  # day_3 before day_3.gz, which it is taken for
-        match = _DAY.fullmatch(path.name)
-        if match:
-            found.setdefault(int(match[1]), path)
+    found: dict[int, list[Path]] = {}
+    for path in sorted(source.iterdir()):
+        if match := _DAY.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path)
     train = source / "train.txt"
     if train.is_file() and not config.days:
         return [describe_file(train)]
@@ -213,7 +337,14 @@ def _files(source: Path, config: PrepareConfig) -> list[SourceFile]:
             f"{source} has no day_{missing[0]}. There are the days "
             f"{', '.join(map(str, sorted(found)))}; choose among them with --days."
         )
-    return [describe_file(found[day]) for day in days]
+    for day in days:
+        if len(found[day]) > 1:
+            names = " and ".join(path.name for path in found[day])
+            raise UserError(
+                f"{source} has {names}, which are one day by their names. Leave one of them there, "
+                "and move the rest elsewhere."
+            )
+    return [describe_file(found[day][0]) for day in days]
 
 
 def _require_same(spooled: Path) -> None:

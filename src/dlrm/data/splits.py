@@ -85,9 +85,16 @@ def day_lengths(rows: int, source: str) -> tuple[int, ...]:
     return tuple(shortest + (day < longer) for day in range(DAYS))
 
 
-PERMUTATION_BYTES = 12
-"""Memory that a permutation of the reference takes for each training row, while it is drawn."""
 _CHUNK_ROWS = 1 << 20
+
+
+def permutation_bytes(rows: int) -> int:
+    """Return the memory that a permutation of the reference takes while it is drawn."""
+    return rows * (np.dtype(np.int64).itemsize + _position_type(rows).itemsize)
+
+
+def _position_type(rows: int) -> np.dtype[np.signedinteger]:
+    return np.dtype(np.int32 if rows < 1 << 31 else np.int64)
 
 
 class StoredOrder:
@@ -119,7 +126,7 @@ class StoredOrder:
         self.parts = int(parts.sum())
         if shuffle in ("reference", "reference-day"):
             random_state = np.random.RandomState(seed)
-            self._position = np.empty(rows, np.int32 if rows < 1 << 31 else np.int64)
+            self._position = np.empty(rows, _position_type(rows))
             first = 0
             for group in (rows,) if shuffle == "reference" else days:
                 order = random_state.permutation(group)
@@ -127,6 +134,11 @@ class StoredOrder:
                     chunk = order[start : start + _CHUNK_ROWS] + first
                     self._position[chunk] = np.arange(first + start, first + start + len(chunk))
                 first += group
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, for as long as rows are placed."""
+        return 0 if self._position is None else self._position.nbytes
 
     def place(
         self, rows: npt.NDArray[np.int64]

@@ -224,6 +224,9 @@ def _reading(path: Path) -> safetensors.safe_open:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged: {error}. Delete the folder {path.parents[1]} to start over."
-        ) from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception | str) -> UserError:
+    """Say that a file of an interrupted preparation is damaged; all of it is removed then."""
+    return UserError(f"{path} is damaged: {error}. Repeat the command to start over.")
