@@ -90,6 +90,17 @@ def test_a_table_in_memory_gives_the_probabilities_of_the_file(
     np.testing.assert_array_equal(predictor.predict(pa.table(columns)), expected)
 
 
+def test_other_data_than_the_models_are_warned_of(
+    run: Path, raw_rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict_file(load(run), raw_rows / "train.txt", tmp_path / "out.csv")
+    assert "never seen" not in caplog.text
+    fields = ["1"] * 13 + ["ffffff01"] * 26
+    (tmp_path / "row.txt").write_text("\t".join(fields) + "\n")
+    predict_file(load(run), tmp_path / "row.txt", tmp_path / "out.csv")
+    assert "100% of the categorical values were never seen in training" in caplog.text
+
+
 def test_an_unknown_id_is_an_empty_bag_and_is_counted(
     run: Path, raw_rows: Path, tmp_path: Path
 ) -> None:

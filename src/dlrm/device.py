@@ -52,6 +52,8 @@ def open_device(kind: DeviceKind, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     backend = _backend(kind)
     count = backend.device_count() if backend.is_available() else 0
+    if not count:
+        raise EnvironmentFaultError(f"no {kind} device is visible. Use --device cpu.")
     if local_rank >= count:
         raise EnvironmentFaultError(
             f"device {kind}:{local_rank} was asked for, but {count} such devices are visible. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from dlrm.model.score import Scorer
 from dlrm.progress import progress
 from dlrm.runs import Run, Which
 from dlrm.schema import FeatureSchema
+
+logger = logging.getLogger("dlrm")
 
 FIRST_SUBMISSION_ID = 60000000
 """The Id of the first row of Criteo's test.txt in a Kaggle submission."""
@@ -194,4 +197,11 @@ def predict_file(
     metrics = compute_metrics(np.concatenate(labels), np.concatenate(scores)) if labels else None
     names = [feature.name for feature in predictor.schema.sparse]
     counted = {name: int(count) for name, count in zip(names, unknown, strict=True) if count}
+    if unknown.sum() > rows * len(names) / 2:
+        logger.warning(
+            "%s: %.0f%% of the categorical values were never seen in training; is it other data "
+            "than the model was trained on?",
+            source,
+            100 * unknown.sum() / (rows * len(names)),
+        )
     return PredictionSummary(rows, counted, metrics)
