@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,23 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to; needed before reading a clock."""
     if device.type != "cpu":
         _backend("cuda" if device.type == "cuda" else "npu").synchronize(device)
+
+
+def random_state(device: torch.device) -> tuple[bytes, ...]:
+    """Return the state of the generators that training on a device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(_backend("cuda" if device.type == "cuda" else "npu").get_rng_state(device))
+    return tuple(state.numpy().tobytes() for state in states)
+
+
+def set_random_state(device: torch.device, states: Sequence[bytes]) -> None:
+    """Take over what ``random_state`` returned."""
+    tensors = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
+    torch.set_rng_state(tensors[0])
+    if device.type != "cpu" and len(tensors) > 1:
+        backend = _backend("cuda" if device.type == "cuda" else "npu")
+        backend.set_rng_state(tensors[1], device)
 
 
 def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[object]:
