@@ -147,6 +147,34 @@ def available_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def available_memory() -> int:
+    """Return how many bytes this process could still take: what is free, or its cgroup's rest."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux: as if there was none
+        return 0
+    available = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+    for folder, limit, used, idle in _CGROUPS:
+        try:
+            rest = int((_CGROUP / folder / limit).read_text())
+            rest -= int((_CGROUP / folder / used).read_text())
+            # Pages of files that were not used lately are given up when memory is asked for.
+            lines = (_CGROUP / folder / "memory.stat").read_text().splitlines()
+            rest += int(dict(line.split() for line in lines)[idle])
+        except (OSError, ValueError, KeyError):  # another version, or no limit
+            continue
+        available = min(available, rest)
+    return max(0, available)
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of either version: the folder, the files of the limit and of what is used, a row of the rest."""
+
+
 def _backend(kind: DeviceKind) -> ModuleType:
     if kind == "npu":
         try:

@@ -7,7 +7,9 @@ to preparation, and watches files with the same code.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import logging
 import os
 import signal
@@ -29,7 +31,7 @@ from dlrm import cli, device  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
-from dlrm.training import trainer  # noqa: E402
+from dlrm.training import events, saving, trainer  # noqa: E402
 from dlrm.training.events import Console, Events  # noqa: E402
 from dlrm.training.step import EagerStep  # noqa: E402
 
@@ -93,11 +95,40 @@ def answer(request: dict[str, Any], said: int) -> None:
     os._exit(status)
 
 
+class FullDisk:
+    """Lets what needs room on the disk fail while it is full."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+
+    def fill(self) -> None:
+        self.is_full = True
+
+    def empty(self) -> None:
+        self.is_full = False
+
+    def __call__(self, moment: str, operation: str, path: str) -> None:
+        if self.is_full and operation in ("write", "mkdir", "link"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open(self, path: Any, mode: str, **options: Any) -> io.FileIO:
+        disk = self
+
+        class Log(io.FileIO):
+            def write(self, content: Any) -> int:
+                disk("before", "write", "log.jsonl")
+                return super().write(content)
+
+        return Log(path, mode)
+
+
 def set_up(request: dict[str, Any]) -> list[Events]:
     """Make it fail where a request says so."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     # A flush matters when the machine stops, not the process; here it would take most of the time.
     os.fsync = lambda _: None
+    if not request.get("overlap"):  # so that it is certain what is saved when it is killed
+        saving.Saver._copy = lambda *_: None  # type: ignore[method-assign]
     if request.get("plain"):
         trainer.choose_step = EagerStep  # type: ignore[assignment]
     listeners: list[Events] = []
@@ -131,6 +162,13 @@ def set_up(request: dict[str, Any]) -> list[Events]:
         told.append(lambda *event: interrupted._log(log, " ".join(event)))
     if "kill_once" in request:
         told.append(interrupted._KillOnce(Path(request["kill_once"]), request["but_not"]))
+    if "full_from" in request:
+        disk = FullDisk()
+        listeners.append(AtStep(request["full_from"], disk.fill))
+        if "full_to" in request:
+            listeners.append(AtStep(request["full_to"], disk.empty))
+        told.append(disk)
+        events.open = disk.open  # type: ignore[attr-defined]
     if told:
         watch(request["run"], told)
     return listeners

@@ -6,13 +6,17 @@ lean on what another left in memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dlrm
 from dlrm.checkpoint import Position
 from dlrm.config import ModelConfig, OptimizerConfig, PrepareConfig, TrainConfig, write_config
+from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
 from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
 from dlrm.training.events import Events
 from dlrm.training.saving import Checkpoints
+from dlrm.training.step import EagerStep
 
 KILLED = -9
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
@@ -177,8 +184,8 @@ def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(
     kernels = expected["result"]["kernels"]
     assert kernels == "plain" if plain else kernels in ("native", "plain")
     generator = random.Random(f"{change} {plain}")
-    steps = [generator.randint(1, 15) for _ in range(5)]
-    begun = go_on_through(warm, tmp_path / "run", dataset, config, steps, plain=plain)
+    steps = [generator.randint(6, 15) for _ in range(5)]
+    begun = go_on_through(warm, tmp_path / "run", dataset, config, steps, plain=plain, overlap=True)
     assert begun[-1] > 0
     assert all(step % 4 == 0 or step % 41 % 15 == 0 or step % 41 == 0 for step in begun)
     assert_equal(tmp_path / "run", expected)
@@ -627,6 +634,166 @@ def test_a_damaged_best_checkpoint_is_noticed_and_none_left_is_an_error(
     )
 
 
+def test_a_disk_that_is_full_for_a_while_ends_nothing(
+    warm: Warm, dataset: Path, tmp_path: Path
+) -> None:
+    expected = whole(warm, tmp_path / "whole", dataset, config=CONFIG)
+    answer = warm(tmp_path / "run", dataset, config=CONFIG, full_from=10, full_to=30)
+    assert answer.status == 0, answer.said
+    lost = re.findall(r"WARNING the checkpoint of step (\d+) could not be saved", answer.said)
+    assert lost == ["12", "15", "16", "20", "24", "28"]
+    assert "(the newest there is: that of step 8)" in answer.said
+    assert answer.said.count("log.jsonl waits until the disk has room") == 1
+    # Of the log no line is lost, and what was saved afterwards is as if nothing had happened; but
+    # where the best could not be saved, the next evaluation is the best that is there.
+    evaluations = [event for event in expected["log"] if event["event"] == "evaluation"]
+    assert [event["is_best"] for event in evaluations[:2]] == [True, False]
+    evaluations[1]["is_best"] = True
+    assert_equal(tmp_path / "run", expected)
+
+
+def test_what_cannot_be_saved_at_the_end_is_an_error_and_can_be_gone_on_with(
+    warm: Warm, dataset: Path, tmp_path: Path
+) -> None:
+    expected = whole(warm, tmp_path / "whole", dataset, config=CONFIG)
+    run = tmp_path / "run"
+    answer = warm(run, dataset, config=CONFIG, full_from=70)
+    assert answer.status == 3, answer.said
+    assert re.search(
+        r"error: cannot write .*step-000000082\.safetensors: No space left on device.*"
+        r"Free some space",
+        answer.said,
+    )
+    assert not (run / "result.json").exists()
+    answer = warm(run, full_from=3, term_at_step=6)  # nor can a signal save then
+    assert answer.status == 4, answer.said
+    assert "stopped by SIGTERM after step 74; step 68 is saved" in answer.said
+    answer = warm(run)
+    assert answer.status == 0, answer.said
+    assert "going on after step 68" in answer.said
+    assert_equal(run, expected)
+
+
+def test_a_small_disk_fills_and_once_there_is_room_it_goes_on(
+    warm: Warm, dataset: Path, tmp_path: Path
+) -> None:
+    expected = whole(warm, tmp_path / "whole", dataset, config=CONFIG)
+    size = len(expected["files"]["newest.safetensors"])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here; a full disk is made up above")
+    try:
+        run = disk / "run"
+        assert warm(run, dataset, config=CONFIG, kill_at_step=10).status == KILLED
+        (disk / "ballast").write_bytes(b"")
+        with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        answer = warm(run)
+        assert answer.status == 3, answer.said
+        assert "No space left on device" in answer.said
+        assert "Traceback" not in answer.said
+        names = {path.name for path in (run / "checkpoints").glob("step-*.safetensors")}
+        assert names >= {"step-000000008.safetensors"}
+        assert size > 4096
+        (disk / "ballast").unlink()
+        answer = warm(run)
+        assert answer.status == 0, answer.said
+        assert_equal(run, expected)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+class Poisoned(EagerStep):
+    """After so many steps, a weight is not a number."""
+
+    poisoned_at = 10
+
+    def __call__(self, batch: Batch, rate: float) -> torch.Tensor:
+        if self.optimizer.steps == self.poisoned_at:
+            with torch.no_grad():
+                self.model.over_arch.layers[0].weight[0, 0] = math.nan
+        return super().__call__(batch, rate)
+
+
+def test_a_loss_that_is_not_finite_names_step_batch_and_tensor_and_keeps_what_was_saved(
+    warm: Warm, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, print_freq=1000, optimizer=OptimizerConfig("sgd", 0.0))
+    run = tmp_path / "run"
+    monkeypatch.setattr("dlrm.training.trainer.choose_step", Poisoned)
+    with pytest.raises(UserError) as caught:
+        dlrm.train(dataset, run, config)
+    assert re.search(
+        r"the loss is nan at step 11 of epoch 0, whose batch is rows 640 to 703 of the training "
+        r"split: training has diverged\. Lower --learning-rate.*The first tensor that is not "
+        r"finite is (dense_arch\.|sparse_arch\.|over_arch\.)\S+; what was saved before is kept",
+        str(caught.value),
+    )
+    assert Checkpoints(run / "checkpoints", 2).steps() == [4, 8]
+    assert dlrm.evaluate(run, "test", checkpoint="newest").metrics.auc > 0
+    with pytest.raises(UserError, match="at step 11 of epoch 0"):  # and again
+        dlrm.resume(run)
+    monkeypatch.undo()
+    assert dlrm.resume(run).train_steps == 82
+
+
+def test_weights_that_are_not_finite_are_not_saved_though_the_loss_is(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overflowing(EagerStep):
+        def __call__(self, batch: Batch, rate: float) -> torch.Tensor:
+            loss = super().__call__(batch, rate)
+            if self.optimizer.steps == 12:  # a checkpoint is due after it
+                with torch.no_grad():
+                    self.model.over_arch.layers[0].weight[0, 0] = math.inf
+            return loss
+
+    monkeypatch.setattr("dlrm.training.trainer.choose_step", Overflowing)
+    with pytest.raises(UserError, match=r"diverged") as caught:
+        dlrm.train(dataset, tmp_path / "run", replace(CONFIG, max_steps=12, test_freq=-1))
+    assert "over_arch.layers.0.weight is not finite after 12 steps" in str(caught.value)
+    assert Checkpoints(tmp_path / "run/checkpoints", 2).steps() == [4, 8]
+
+
+def test_training_goes_on_while_a_copy_is_written_and_waits_where_memory_is_short(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(CONFIG, optimizer=OptimizerConfig("adagrad", 0.01), max_steps=14, keep=99)
+    released = threading.Event()
+    steps_when_saved: list[int] = []
+    save = Checkpoints.save
+
+    class Releasing(Events):
+        steps = 0
+
+        def on_step(self, position: Position, samples: int) -> None:
+            self.steps = position.total_steps
+            if position.total_steps == 7:
+                released.set()
+
+    listener = Releasing()
+
+    def wait(self: Checkpoints, tensors: Any, info: Any, *rest: Any) -> None:
+        if info.position.total_steps == 4:
+            assert released.wait(60), "training does not go on"
+        steps_when_saved.append(listener.steps)
+        save(self, tensors, info, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", wait)
+        dlrm.train(dataset, tmp_path / "overlapping", config, [listener])
+    assert steps_when_saved[0] >= 7  # of what is after step 4
+    monkeypatch.setattr("dlrm.training.saving.available_memory", lambda: 1 << 20)
+    dlrm.train(dataset, tmp_path / "waiting", config)
+    assert caplog.text.count("training waits while checkpoints are written: a copy of") == 1
+    assert_equal(tmp_path / "waiting", outcome(tmp_path / "overlapping"))
+    names = {path.name for path in (tmp_path / "waiting/checkpoints").glob("step-*.safetensors")}
+    assert names == {f"step-{step:09}.safetensors" for step in (4, 8, 12, 14)}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -635,12 +802,12 @@ def test_a_hundred_kills(warm: Warm, dataset: Path, tmp_path: Path, kind: str, p
     config = replace(
         CONFIG, mini_batch_size=16, epochs=20, max_steps=2000, test_freq=50, **KINDS[kind]
     )
-    expected = whole(warm, tmp_path / "whole", dataset, config=config, plain=plain)
+    expected = whole(warm, tmp_path / "whole", dataset, config=config, plain=plain, overlap=True)
     assert expected["result"]["train_steps"] == 2000
     run = tmp_path / "run"
     generator = random.Random(kind)
     kills: Counter[str] = Counter()
-    answer = warm(run, dataset, config=config, plain=plain, kill_at_step=1)
+    answer = warm(run, dataset, config=config, plain=plain, overlap=True, kill_at_step=1)
     assert answer.status == KILLED
     kills["step"] += 1
     while kills.total() < 100:
@@ -648,9 +815,9 @@ def test_a_hundred_kills(warm: Warm, dataset: Path, tmp_path: Path, kind: str, p
             how, when = "step", {"kill_at_step": generator.randint(5, 35)}
         else:
             how, when = "time", {"kill_after": generator.uniform(0.05, 0.25)}
-        answer = warm(run, plain=plain, **when)
+        answer = warm(run, plain=plain, overlap=True, **when)
         assert answer.status == KILLED, answer.said
         kills[how] += 1
-    answer = warm(run, plain=plain)
+    answer = warm(run, plain=plain, overlap=True)
     assert answer.status == 0, answer.said
     assert_equal(run, expected)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import msgspec
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from dlrm.checkpoint import CheckpointInfo, Position, save_checkpoint, verify
 from dlrm.config import TrainConfig
+from dlrm.device import available_memory
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import (
     FORMAT_VERSION,
@@ -29,6 +33,7 @@ from dlrm.files import (
     link_or_copy,
 )
 from dlrm.model.dlrm import DLRM
+from dlrm.ops.library import advise_huge_pages
 from dlrm.training.optimizer import Optimizer
 
 logger = logging.getLogger("dlrm")
@@ -204,11 +209,17 @@ class Checkpoints:
             )
         step = progress.position.total_steps
         checksum = save_checkpoint(self.tensors_file(step), tensors, info)
-        flush_log()
-        encoded = msgspec.json.encode(replace(progress, checksum=checksum))
-        stored = _Stored(msgspec.Raw(encoded), hashlib.sha256(encoded).hexdigest(), FORMAT_VERSION)
-        with atomic_write(self.progress_file(step)) as file:
-            file.write(msgspec.json.encode(stored))
+        try:
+            flush_log()
+            encoded = msgspec.json.encode(replace(progress, checksum=checksum))
+            digest = hashlib.sha256(encoded).hexdigest()
+            stored = _Stored(msgspec.Raw(encoded), digest, FORMAT_VERSION)
+            with atomic_write(self.progress_file(step)) as file:
+                file.write(msgspec.json.encode(stored))
+        except EnvironmentFaultError:
+            if step not in self.steps():  # it does not count, and takes room
+                self._remove(self.tensors_file(step))
+            raise
         self.name(progress)
         self._remove_surplus(step)
 
@@ -271,14 +282,20 @@ def first_not_finite(tensors: Tensors) -> str | None:
 
 
 class Saver:
-    """Saves a training's checkpoints; a disk that is full does not end it.
+    """Saves a training's checkpoints, one at a time, while the training goes on.
+
+    At a step's end everything is copied, and a thread writes the copy. Where memory is short of
+    that one copy, the training waits instead. A full disk does not end it.
+
+    Leave it as a context, so that no save is cut off.
 
     Args:
         checkpoints: Where they go.
         flush_log: Makes the log durable.
+        saved_step: The step of the newest checkpoint; None: there is none.
 
     Attributes:
-        saved_step: The step of the newest checkpoint; None: there is none.
+        saved_step: The same, of what is known to be saved.
         failed: What could not be saved, until the trainer looks.
     """
 
@@ -288,42 +305,116 @@ class Saver:
         flush_log: Callable[[], None],
         saved_step: int | None = None,
     ) -> None:
-        self.checkpoints = checkpoints
+        self._checkpoints = checkpoints
         self._flush_log = flush_log
         self.saved_step = saved_step
-        self.failed: list[Progress] = []
+        self.failed: list[tuple[Progress, EnvironmentFaultError]] = []
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[Progress, BaseException | None] | None = None
+        self._was_short = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.settle()
+        except UserError:
+            if error is None:
+                raise
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def save(
-        self, tensors: Tensors, info: CheckpointInfo, progress: Progress, *, at_end: bool
+        self, tensors: Tensors, info: CheckpointInfo, progress: Progress, *, wait: bool = False
     ) -> None:
-        """Save a checkpoint.
+        """Save a checkpoint, after the one that is being written.
 
         Args:
-            tensors: Weights and optimizer state.
+            tensors: Weights and optimizer state; they may change when this returns.
             info: What the file with the tensors says of itself.
             progress: The rest.
-            at_end: Nothing comes after it, so that a failure counts.
+            wait: Return when it is saved.
 
         Raises:
-            UserError: A tensor is not finite.
-            EnvironmentFaultError: It is the last, and the disk is full or fails.
+            UserError: A tensor is not finite, of this checkpoint or the one before.
         """
-        try:
-            self.checkpoints.save(tensors, info, progress, self._flush_log)
-        except EnvironmentFaultError as error:
-            if at_end:
-                raise
-            self._warn(progress, error)
+        self.settle()
+        copied = None if wait else self._copy(tensors)
+        if copied is None:
+            self._write(tensors, info, progress)
+            self.settle()
         else:
-            self.saved_step = progress.position.total_steps
+            self._thread = threading.Thread(
+                target=self._write, args=(copied, info, progress), name="save"
+            )
+            del copied  # it goes when it is written
+            self._thread.start()
 
-    def _warn(self, progress: Progress, error: EnvironmentFaultError) -> None:
-        self.failed.append(progress)
-        newest = "none" if self.saved_step is None else f"that of step {self.saved_step}"
-        logger.warning(
-            "the checkpoint of step %d could not be saved, and training goes on (the newest there "
-            "is: %s): %s",
-            progress.position.total_steps,
-            newest,
-            error,
-        )
+    def settle(self) -> None:
+        """Wait until nothing is being written, and see how that went.
+
+        Raises:
+            UserError: A tensor was not finite.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._outcome is None:
+            return
+        (progress, error), self._outcome = self._outcome, None
+        step = progress.position.total_steps
+        if error is None:
+            self.saved_step = step
+        elif isinstance(error, EnvironmentFaultError):
+            self.failed.append((progress, error))
+            newest = "none" if self.saved_step is None else f"that of step {self.saved_step}"
+            logger.warning(
+                "the checkpoint of step %d could not be saved (the newest there is: %s): %s",
+                step,
+                newest,
+                error,
+            )
+        else:
+            raise error
+
+    def _write(self, tensors: Tensors, info: CheckpointInfo, progress: Progress) -> None:
+        error: BaseException | None = None
+        try:
+            self._checkpoints.save(tensors, info, progress, self._flush_log)
+        except BaseException as caught:
+            error = caught
+        self._outcome = (progress, error)
+
+    def _copy(self, tensors: Tensors) -> Tensors | None:
+        """Copy everything into memory, if there is room for it."""
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        available = available_memory()
+        if needed > available - _MEMORY_LEFT:
+            if not self._was_short:
+                self._was_short = True
+                logger.warning(
+                    "training waits while checkpoints are written: a copy of %.1f GB does not fit "
+                    "into the %.1f GB of memory that are available",
+                    needed / 1e9,
+                    available / 1e9,
+                )
+            return None
+        copied = {}
+        for name, tensor in tensors.items():
+            copied[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            advise_huge_pages(copied[name])
+            copied[name].copy_(tensor)
+        return copied
+
+
+_MEMORY_LEFT = 256 << 20
+"""What a copy leaves to everybody else."""

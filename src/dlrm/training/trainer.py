@@ -32,7 +32,7 @@ from dlrm.device import (
     set_random_state,
     synchronize,
 )
-from dlrm.errors import StoppedBySignalError, UserError
+from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
 from dlrm.files import environment_faults, locked
 from dlrm.model.dlrm import DLRM, initialize
@@ -200,13 +200,14 @@ def _train(
     size = progress.log_bytes if progress else 0
     seconds = progress.seconds if progress else 0.0
     started -= seconds
+    checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
+    step = progress.position.total_steps if progress else None
     with (
         JsonLines(run.path / "log.jsonl", size, seconds) as log,
+        Saver(checkpoints, log.flush, step) as saver,
         noted_signals() as interruption,
     ):
-        checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
-        step = progress.position.total_steps if progress else None
-        trainer.save_into(Saver(checkpoints, log.flush, step), log, started)
+        trainer.save_into(saver, log, started)
         trainer.interruption = interruption
         trainer.listeners = (log, *listeners)
         if trace is None:
@@ -415,6 +416,7 @@ class Trainer:
             rate = learning_rate(config.optimizer, position.total_steps)
             with part("step"):
                 loss = self.step(batch.to(self.device), rate)
+            self._look_at_saver()
             if watched and not math.isfinite(loss.item()):
                 raise self._diverged(loss.item(), rate)
             meter.add(loss, len(batch))
@@ -449,13 +451,14 @@ class Trainer:
         if every and self.position.total_steps % every == 0:
             return True
         age = time.monotonic() - self._saved_at
-        return config.save_every_minutes > 0 and age >= 60 * config.save_every_minutes
+        return 0 < config.save_every_minutes <= age / 60 and not self._saver.is_busy
 
     def _stopped_by_signal(self) -> StoppedBySignalError:
         """Save, if that is not done, and return what to raise."""
         assert self._saver
+        self._look_at_saver(wait=True)
         if self._saver.saved_step != self.position.total_steps:
-            self._save()
+            self._save(wait=True)
         return self._stop_message()
 
     def _stop_message(self) -> StoppedBySignalError:
@@ -472,6 +475,7 @@ class Trainer:
     def _save_last(self) -> None:
         """Save the end of training, if it was not evaluated, or could not be saved then."""
         step = self.position.total_steps
+        self._look_at_saver(wait=True)
         if self._saver is None or self._saver.saved_step == step:
             return
         auc = -math.inf
@@ -479,7 +483,8 @@ class Trainer:
             auc = self._evaluated[1].metrics.auc
         if self.best_step is None or auc > self.best_auc:
             self.best_auc, self.best_step = max(self.best_auc, auc), step
-        self._save(at_end=True)
+        if fault := self._save(wait=True):
+            raise fault
 
     def finish(self, started: float) -> RunResult:
         """Evaluate validation and test, and write the result.
@@ -662,6 +667,7 @@ class Trainer:
                 result = self._evaluate(self.config.selection_split)
         except InterruptedNow:
             raise self._stopped_by_signal() from None
+        self._look_at_saver(wait=True)  # whether the best so far is saved
         self._evaluation_due = False
         self._evaluated = (self.position.total_steps, result)
         metrics = result.metrics
@@ -690,9 +696,10 @@ class Trainer:
                 self.stopped = f"target reached: {name} {value:.6f} ≥ {target}"
         self._save()
 
-    def _save(self, *, at_end: bool = False) -> None:
+    def _save(self, *, wait: bool = False) -> EnvironmentFaultError | None:
+        """Save a checkpoint, and return why one was not saved, if that is known."""
         if self._saver is None:
-            return
+            return None
         info = CheckpointInfo(
             self.position,
             self.config.model,
@@ -703,12 +710,24 @@ class Trainer:
             self.step.scaler.state_dict() if self.step.scaler else None,
         )
         tensors = tensors_of(self.model, self.optimizer)
-        self._saver.save(tensors, info, self._progress(), at_end=at_end)
+        self._saver.save(tensors, info, self._progress(), wait=wait)
         self._saved_at = time.monotonic()
-        for failed in self._saver.failed:
-            if failed.best_step == self.best_step == failed.position.total_steps:
+        return self._look_at_saver()
+
+    def _look_at_saver(self, *, wait: bool = False) -> EnvironmentFaultError | None:
+        """See how saving went, where it has ended; return why it failed, if it did."""
+        saver = self._saver
+        if saver is None:
+            return None
+        if wait or not saver.is_busy:
+            saver.settle()
+        fault: EnvironmentFaultError | None = None
+        for progress, error in saver.failed:
+            fault = error
+            if progress.best_step == self.best_step == progress.position.total_steps:
                 self.best_auc, self.best_step = self._best_before
-        self._saver.failed.clear()
+        saver.failed.clear()
+        return fault
 
     def _progress(self) -> Progress:
         return Progress(
