@@ -538,6 +538,21 @@ def test_a_checkpoint_is_flushed_renamed_and_its_folder_flushed(
     ]
 
 
+def test_what_an_interrupted_save_left_is_removed(warm: Warm, killed: Path, tmp_path: Path) -> None:
+    run = copy_of(killed, tmp_path)
+    folder = run / "checkpoints"
+    for kind in ("safetensors", "json"):  # as if it was killed before it removed them
+        shutil.copy(folder / f"step-000000016.{kind}", folder / f"step-000000007.{kind}")
+    (folder / "step-000000024.safetensors").touch()  # and before this counts
+    (folder / ".step-000000024.json.partial").touch()
+    answer = warm(run, kill_at_step=1)
+    assert answer.status == KILLED
+    assert "WARNING" not in answer.said
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in (killed / "checkpoints").iterdir()
+    }
+
+
 @pytest.fixture(scope="module")
 def killed(warm: Warm, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A RUN that was killed after step 22; checkpoints are of steps 15 (the best), 16 and 20."""

@@ -235,8 +235,15 @@ class Checkpoints:
             else:
                 self._remove(path)
 
-    def clear(self) -> None:
-        """Remove what an interrupted save left."""
+    def clear(self, newest: int | None) -> None:
+        """Remove what an interrupted save left.
+
+        Args:
+            newest: The step of the newest sound checkpoint; damaged ones after it stay until
+                another is saved.
+        """
+        if newest is not None:
+            self._remove_surplus(newest, after=False)
         steps = set(self.steps())
         for path in self._folder.glob(".*.partial"):
             self._remove(path)
@@ -245,9 +252,9 @@ class Checkpoints:
             if match and int(match[1]) not in steps:
                 self._remove(path)
 
-    def _remove_surplus(self, newest: int) -> None:
-        """Keep the newest and the best of their times; what is newer was damaged, and left."""
-        steps = self.steps()
+    def _remove_surplus(self, newest: int, *, after: bool = True) -> None:
+        """Keep the newest and the best of their times; what comes after was damaged, and left."""
+        steps = [step for step in self.steps() if after or step <= newest]
         kept = set([step for step in steps if step <= newest][-self._keep :])
         for step in tuple(kept):
             try:

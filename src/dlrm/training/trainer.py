@@ -169,7 +169,7 @@ def resume(
         else:
             logger.info("going on after step %d", progress.position.total_steps)
             checkpoints.name(progress)
-        checkpoints.clear()
+        checkpoints.clear(progress.position.total_steps if progress else None)
         trainer = Trainer(data, opened, device, progress)
         return _train(trainer, listeners, trace, started)
 
