@@ -1,10 +1,13 @@
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import safetensors.torch
 import torch
 
-from dlrm.checkpoint import CheckpointInfo, Position, read_info, save_checkpoint
+from dlrm.checkpoint import CheckpointInfo, Position, read_info, save_checkpoint, verify
 from dlrm.config import ModelConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 
@@ -74,3 +77,32 @@ def test_the_safetensors_of_others_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(TENSORS | {"model.column": torch.ones(3)}, tmp_path / "x")
     with pytest.raises(UserError, match="is not a checkpoint of dlrm"):
         read_info(tmp_path / "x")
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    checksum = save_checkpoint(path, TENSORS, INFO)
+    content = path.read_bytes()
+    assert verify(path) == checksum
+    assert content.count(checksum.encode()) == 1
+    zeroed = content.replace(checksum.encode(), b"0" * 64)
+    assert hashlib.sha256(zeroed).hexdigest() == checksum
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
+            verify(path)
+
+
+def test_a_checkpoint_of_format_1_1_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    for version in ("1.0", "1.1", "1.2"):
+        metadata = {"dlrm": msgspec.json.encode(replace(INFO, format_version=version)).decode()}
+        safetensors.torch.save_file({"model.table": torch.ones(3)}, path, metadata)
+        assert read_info(path).position == INFO.position
+        if version == "1.2":
+            with pytest.raises(UserError, match="is damaged: its checksum is missing"):
+                verify(path)
+        else:
+            assert verify(path) == ""

@@ -5,13 +5,15 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dlrm import cli
-from dlrm.config import TrainConfig, read_config, write_config
+from dlrm.config import ModelConfig, TrainConfig, read_config, write_config
 from dlrm.errors import UserError
+from dlrm.files import locked
 
 SMALL = (
     "--embedding-dim 4 --dense-arch-layer-sizes 8 4 --over-arch-layer-sizes 8 1 --print-freq 10"
@@ -164,6 +166,7 @@ def test_a_signal_ends_training_with_its_status(
     _, messages = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in messages
+    assert "To go on: dlrm train --resume r\n" in messages
 
 
 def test_results_go_to_a_closed_pipe_quietly(dataset: Path) -> None:
@@ -204,3 +207,38 @@ def test_an_interrupted_run_is_named_as_such(dataset: Path, tmp_path: Path) -> N
     (tmp_path / "r/config.toml").write_text(f"dataset = {str(dataset)!r}\n")
     message = error_of(run_dlrm("train", dataset, "--run", tmp_path / "r"), 2)
     assert "holds a run already that has not ended" in message
+    assert f"dlrm train --resume {tmp_path / 'r'} goes on with it" in message
+
+
+def test_options_beside_resume_are_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    config = replace(TrainConfig(), epochs=3, model=replace(ModelConfig(), dropout=0.5))
+    write_config(run / "config.toml", config, dataset)
+    for options, named in (
+        (["--epochs", "1"], "--epochs"),  # the default, and yet another than the run's
+        (["--learning-rate=0.5", "--dropout", "0.1"], "--dropout, --learning-rate"),
+        (["--run", "elsewhere"], "--run"),
+        (["--config", str(run / "config.toml")], "--config"),
+    ):
+        command = cli.parse(["train", f"--resume={run}", *options])
+        with pytest.raises(UserError, match=f"so it does not take {named}. Leave that away"):
+            command.execute()
+    same = cli.parse(["train", "moved", "--resume", str(run), "--epochs", "3"])
+    assert isinstance(same, cli.Train)
+    same._refuse_options_beside_resume(run)
+    assert same.dataset == Path("moved")
+    with pytest.raises(UserError, match=r"is not a run: config\.toml is missing"):
+        cli.parse(["train", "--resume", str(tmp_path)])
+    for arguments in (["train"], ["train", "d"], ["train", "--run", "r"]):
+        with pytest.raises(UserError, match="name the DATASET and the RUN to make"):
+            cli.parse(arguments).execute()
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(dataset: Path, tmp_path: Path) -> None:
+    write_config(tmp_path / "config.toml", TrainConfig(), dataset)
+    with (
+        locked(tmp_path, "run"),
+        pytest.raises(UserError, match="is being written by another process"),
+    ):
+        cli.parse(["train", "--resume", str(tmp_path)]).execute()

@@ -1,10 +1,12 @@
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from dlrm import device as device_module
 from dlrm.device import (
     autocast,
     available_cores,
@@ -134,3 +136,24 @@ def test_npu_is_waited_for_through_torch_npu(monkeypatch: pytest.MonkeyPatch) ->
     device = SimpleNamespace(type="npu", index=0)
     synchronize(device)  # type: ignore[arg-type]
     assert stand_in.synchronized == [device]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_available_memory_is_what_the_machine_and_the_cgroup_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    free = device_module.available_memory()
+    assert 1 << 20 < free < 1 << 50
+    names = {
+        1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+        2: ("memory.max", "memory.current", "memory.stat"),
+    }[version]
+    monkeypatch.setattr(device_module, "_CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for limit, used, expected in ((10**6, 7 * 10**5, 4 * 10**5), (10**6, 3 * 10**6, 0)):
+        idle = "total_inactive_file" if version == 1 else "inactive_file"
+        for name, content in zip(names, (limit, used, f"file 5\n{idle} 100000"), strict=True):
+            (tmp_path / name).write_text(f"{content}\n")
+        assert device_module.available_memory() == expected
+    (tmp_path / names[0]).write_text("max\n")
+    assert device_module.available_memory() > 10**6

@@ -5,7 +5,7 @@ The public surface, versioned by semver, is what ``__all__`` names::
     import dlrm
 
     dlrm.prepare("train.txt", "dataset")
-    dlrm.train("dataset", "run", dlrm.TrainConfig(epochs=1))
+    dlrm.train("dataset", "run", dlrm.TrainConfig(epochs=1))  # interrupted: dlrm.resume("run")
     dlrm.evaluate("run", "test").metrics.auc
     dlrm.load("run").predict(table)
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dlrm.evaluation import evaluate
     from dlrm.model.dlrm import DLRM
     from dlrm.prediction import load
-    from dlrm.training.trainer import train
+    from dlrm.training.trainer import resume, train
 
 __all__ = [
     "DLRM",
@@ -51,6 +51,7 @@ __all__ = [
     "evaluate",
     "load",
     "prepare",
+    "resume",
     "synthesize",
     "train",
 ]
@@ -62,6 +63,7 @@ _HOMES = {
     "evaluate": "dlrm.evaluation",
     "load": "dlrm.prediction",
     "prepare": "dlrm.data.prepare",
+    "resume": "dlrm.training.trainer",
     "synthesize": "dlrm.data.synthetic",
     "train": "dlrm.training.trainer",
 }

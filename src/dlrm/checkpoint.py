@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file with weights, optimizer state and position.
 
 Tensors are ``model.NAME`` and ``optimizer.NAME.STATE``; the header's metadata holds one JSON
-document, ``dlrm``, with the rest. It names no time, host or path, so equal runs give equal bytes.
+document, ``dlrm``, with the rest, and a checksum of the file. It names no time, host or path, so
+equal runs give equal bytes; what belongs to the run alone lies beside it (``training/saving.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dlrm.config import ModelConfig
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, check_version, write_safetensors
+from dlrm.files import FORMAT_VERSION, check_version, verify_safetensors, write_safetensors
 from dlrm.model.dlrm import DLRM
 
 
@@ -54,7 +55,7 @@ class CheckpointInfo:
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> None:
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> str:
     """Write a checkpoint; it appears complete or not at all.
 
     Args:
@@ -62,10 +63,13 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointI
         tensors: Weights as ``model.NAME``, optimizer state as ``optimizer.NAME.STATE``.
         info: The rest.
 
+    Returns:
+        Its checksum, which is in it too.
+
     Raises:
         EnvironmentFaultError: The disk is full or read-only.
     """
-    write_safetensors(
+    return write_safetensors(
         path,
         {
             name: (_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes)
@@ -73,6 +77,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointI
         },
         map(_content, tensors.values()),
         {"dlrm": msgspec.json.encode(info, order="deterministic").decode()},
+        checksum=True,
     )
 
 
@@ -100,14 +105,41 @@ def read_info(path: Path) -> CheckpointInfo:
         ) from error
 
 
-def load_weights(path: Path, model: DLRM) -> None:
+def verify(path: Path) -> str:
+    """Read all of a checkpoint, and compare it with its checksum.
+
+    Returns:
+        The checksum; empty where format 1.1 had none yet.
+
+    Raises:
+        UserError: It is missing, damaged, of another version, or not one of ours.
+    """
+    info = read_info(path)
+    try:
+        checksum = verify_safetensors(path)
+        if not checksum and info.format_version not in ("1.0", "1.1"):
+            raise UserError(f"{path} is damaged: its checksum is missing.")
+    except UserError as error:
+        raise UserError(f"{error} Use another checkpoint of the run.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return checksum
+
+
+def load_weights(path: Path, model: DLRM, *, verified: bool = False) -> None:
     """Copy a checkpoint's weights into a model.
+
+    Args:
+        path: The checkpoint.
+        model: Of its architecture.
+        verified: Its checksum was verified already.
 
     Raises:
         UserError: The checkpoint is missing, damaged, or of another architecture; it names the
             first tensor that differs.
     """
-    read_info(path)
+    if not verified:
+        verify(path)
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     with _open(path) as file:
         found = {
@@ -154,7 +186,11 @@ def _open(path: Path) -> safetensors.safe_open:
     try:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint: {error}. Check the path; if the file is "
-            "damaged, use another checkpoint of the run."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read as a checkpoint: {error}. Check the path; if the file is damaged, "
+        "use another checkpoint of the run."
+    )

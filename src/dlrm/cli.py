@@ -29,9 +29,10 @@ from dlrm.config import (
     PrepareConfig,
     SynthesizeConfig,
     TrainConfig,
+    differences,
     read_config,
 )
-from dlrm.errors import EnvironmentFaultError, UserError
+from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.schema import SPLITS, Split
 from dlrm.version import __version__
 
@@ -152,14 +153,19 @@ class Train:
     """Train a model on a DATASET, and evaluate it.
 
     The best checkpoint is chosen on the validation split; test is looked at once, at the end. RUN
-    gets config.toml, log.jsonl, checkpoints/, predictions/ and result.json.
+    gets config.toml, log.jsonl, checkpoints/, predictions/ and result.json. Interrupted, even by
+    SIGKILL, `dlrm train --resume RUN` goes on, with the same result bit for bit.
     """
 
-    dataset: tyro.conf.Positional[Path]
-    """What `dlrm prepare` made."""
-    run: Path
+    dataset: tyro.conf.Positional[Path | None] = None
+    """What `dlrm prepare` made. With --resume, where it is now if it was moved."""
+    run: Path | None = None
     """The folder to make."""
-    options: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    resume: Path | None = None
+    """Go on with the interrupted training of this RUN, with the options it was begun with."""
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=TrainConfig
+    )
     config: Path | None = None
     """A TOML file with defaults for all that follows, such as another run's config.toml."""
     profile: Path | None = None
@@ -168,10 +174,29 @@ class Train:
     def execute(self) -> None:
         """Train and print the result."""
         from dlrm.training.events import Console
-        from dlrm.training.trainer import train
+        from dlrm.training.trainer import resume, train
 
+        if self.resume is not None:
+            self._refuse_options_beside_resume(self.resume)
+            _print_json(resume(self.resume, self.dataset, [Console()], profile=self.profile))
+            return
+        if self.dataset is None or self.run is None:
+            raise UserError(
+                "name the DATASET and the RUN to make: dlrm train DATASET --run RUN; or the RUN to "
+                "go on with: dlrm train --resume RUN"
+            )
         result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
         _print_json(result)
+
+    def _refuse_options_beside_resume(self, run: Path) -> None:
+        """Refuse what would make it another training than the one that was begun."""
+        given = ["--run"] * (self.run is not None) + ["--config"] * (self.config is not None)
+        given += differences(self.options, read_config(run / "config.toml")[0])
+        if given:
+            raise UserError(
+                f"--resume goes on with the options in {run / 'config.toml'}, so it does not take "
+                f"{', '.join(given)}. Leave that away; or train a new run with --continue-from."
+            )
 
 
 @dataclass(frozen=True)
@@ -354,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with memory_faults("go on"):
             command.execute()
         sys.stdout.flush()
+    except StoppedBySignalError as error:
+        _fail(128 + error.number, error)
     except UserError as error:
         _fail(2, error)
     except EnvironmentFaultError as error:
@@ -423,17 +450,29 @@ def _defaults(kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:
             values[field.name] = field.default
         else:
             values[field.name] = tyro.MISSING
-    if "config" in values:
-        for index, argument in enumerate(arguments):
-            name, equals, value = argument.partition("=")
-            if name == "--config":
-                path = value if equals else arguments[index + 1 : index + 2]
-                if path:
-                    file = Path(path if isinstance(path, str) else path[0])
-                    values["options"], dataset = read_config(file)
-                    if dataset and "source" not in values:
-                        values["dataset"] = dataset
+    if file := _value_of("--config", arguments) if "config" in values else None:
+        values["options"], dataset = read_config(Path(file))
+        if dataset and "source" not in values:
+            values["dataset"] = dataset
+    elif run := _value_of("--resume", arguments) if "resume" in values else None:
+        # Its options, so that those given beside it that differ are found.
+        path = Path(run) / "config.toml"
+        if not path.exists():
+            raise UserError(
+                f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
+            )
+        values["options"], _ = read_config(path)
     return values
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """Return the last value that an option is given."""
+    found = None
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else "".join(arguments[index + 1 : index + 2])
+    return found
 
 
 def _overview() -> str:

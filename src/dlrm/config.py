@@ -297,17 +297,27 @@ class TrainConfig:
     amp: Amp = "O0"
     """Mixed precision: O0 computes in float32; O1 multiplies matrices in bfloat16 on a cpu, and in
     float16 with gradient scaling on cuda and npu. Weights, loss and sigmoid stay float32."""
+    save_every_steps: int = 0
+    """Save a checkpoint every so many steps, beside those at evaluations; 0: do not."""
+    save_every_minutes: float = 10.0
+    """Save a checkpoint when the newest is so old; 0: do not."""
+    keep: int = 2
+    """Keep so many of the newest checkpoints, and the best."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         _require_types(self)
-        for name in ("epochs", "mini_batch_size", "evaluation_batch_size", "print_freq"):
+        for name in ("epochs", "mini_batch_size", "evaluation_batch_size", "print_freq", "keep"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
         require(self.test_freq >= -1, f"--test-freq must be at least -1; got {self.test_freq}")
-        for name in ("num_batches", "max_steps", "max_ind_range"):
+        for name in ("num_batches", "max_steps", "max_ind_range", "save_every_steps"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative; got {value}")
+        require(
+            0 <= self.save_every_minutes < float("inf"),
+            f"--save-every-minutes must not be negative; got {self.save_every_minutes}",
+        )
         for name in ("target_auc", "target_accuracy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
@@ -423,6 +433,18 @@ def complete(config: T) -> T:
         value = getattr(config, each.name)
         values[each.name] = complete(value) if dataclasses.is_dataclass(value) else value
     return type(config)(**values)
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """Return the options, as flags, in which two configurations of a kind differ."""
+    found = []
+    for each in dataclasses.fields(one):
+        value, theirs = getattr(one, each.name), getattr(other, each.name)
+        if dataclasses.is_dataclass(value):
+            found += differences(value, theirs)
+        elif value != theirs:
+            found.append(f"--{each.name.replace('_', '-')}")
+    return found
 
 
 def _refuse_unknown_keys(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,23 @@ def synchronize(device: torch.device) -> None:
         _backend("cuda" if device.type == "cuda" else "npu").synchronize(device)
 
 
+def random_state(device: torch.device) -> tuple[bytes, ...]:
+    """Return the state of the generators that training on a device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(_backend("cuda" if device.type == "cuda" else "npu").get_rng_state(device))
+    return tuple(state.numpy().tobytes() for state in states)
+
+
+def set_random_state(device: torch.device, states: Sequence[bytes]) -> None:
+    """Take over what ``random_state`` returned."""
+    tensors = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
+    torch.set_rng_state(tensors[0])
+    if device.type != "cpu" and len(tensors) > 1:
+        backend = _backend("cuda" if device.type == "cuda" else "npu")
+        backend.set_rng_state(tensors[1], device)
+
+
 def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[object]:
     """Return a context in which a model's forward pass computes as ``--amp`` asks for."""
     if amp == "O0":
@@ -130,6 +147,34 @@ def available_cores() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def available_memory() -> int:
+    """Return how many bytes this process could still take: what is free, or its cgroup's rest."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux: as if there was none
+        return 0
+    available = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+    for folder, limit, used, idle in _CGROUPS:
+        try:
+            rest = int((_CGROUP / folder / limit).read_text())
+            rest -= int((_CGROUP / folder / used).read_text())
+            # Pages of files that were not used lately are given up when memory is asked for.
+            lines = (_CGROUP / folder / "memory.stat").read_text().splitlines()
+            rest += int(dict(line.split() for line in lines)[idle])
+        except (OSError, ValueError, KeyError):  # another version, or no limit
+            continue
+        available = min(available, rest)
+    return max(0, available)
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of either version: the folder, the files of the limit and of what is used, a row of the rest."""
 
 
 def _backend(kind: DeviceKind) -> ModuleType:

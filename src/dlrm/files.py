@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,7 +107,9 @@ def write_safetensors(
     tensors: Mapping[str, tuple[str, Sequence[int], int]],
     contents: Iterable[Buffer],
     metadata: Mapping[str, str],
-) -> None:
+    *,
+    checksum: bool = False,
+) -> str:
     """Write a safetensors file; it appears complete or not at all.
 
     The safetensors package renames a file of its own into place, without flushing it and under a
@@ -117,10 +120,17 @@ def write_safetensors(
         tensors: By name: the format's name of its type, its shape, its bytes.
         contents: The bytes of each tensor, in the same order; one at a time is asked for.
         metadata: Texts by name.
+        checksum: Add to it ``sha256``, which ``verify_safetensors`` checks: of the whole file, with
+            zeros where it stands itself.
+
+    Returns:
+        The checksum, if there is one.
 
     Raises:
         EnvironmentFaultError: The disk is full or read-only.
     """
+    if checksum:
+        metadata = {**metadata, "sha256": _ZEROS}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, (kind, shape, size) in tensors.items():
@@ -128,10 +138,64 @@ def write_safetensors(
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     encoded = msgspec.json.encode(header)
     encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    encoded = struct.pack("<Q", len(encoded)) + encoded
+    digest = hashlib.sha256(encoded)
     with atomic_write(path) as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(encoded)
         for content in contents:
-            file.write(content)
+            if not checksum:
+                file.write(content)
+                continue
+            view = memoryview(content)
+            for start in range(0, view.nbytes, _PIECE_BYTES):
+                piece = view[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+        if not checksum:
+            return ""
+        found = _CHECKSUM.search(encoded)
+        assert found
+        file.seek(found.start(1))
+        file.write(digest.hexdigest().encode())
+    return digest.hexdigest()
+
+
+# The file's first text of this form: what stands within another text of the metadata has its
+# quotes escaped.
+_CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_ZEROS = "0" * 64
+_PIECE_BYTES = 1 << 20
+
+
+def verify_safetensors(path: Path) -> str:
+    """Read a file that ``write_safetensors`` wrote, and compare it with its checksum.
+
+    Returns:
+        The checksum; empty: it has none.
+
+    Raises:
+        UserError: The file is damaged.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        begin = file.read(8)
+        length = int.from_bytes(begin, "little")
+        if length > left - 8:  # before memory is taken for it
+            raise UserError(f"{path} is damaged: its header does not fit into it.")
+        begin += file.read(length)
+        found = _CHECKSUM.search(begin)
+        if found is None:
+            return ""
+        digest = hashlib.sha256(begin[: found.start(1)] + _ZEROS.encode() + begin[found.end(1) :])
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    if digest.hexdigest() != found[1].decode():
+        raise UserError(
+            f"{path} is damaged: its checksum is expected to be {found[1].decode()}, got "
+            f"{digest.hexdigest()}."
+        )
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -171,8 +235,9 @@ class _Versioned(msgspec.Struct):
     format_version: str
 
 
-FORMAT_VERSION = "1.1"
-"""1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET."""
+FORMAT_VERSION = "1.2"
+"""1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET. 1.2: checksums and
+``step-NNNNNNNNN.json`` in a RUN's checkpoints."""
 
 
 def check_version(found: str, path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +39,8 @@ class Start:
     """Rows of one pass."""
     kernels: Literal["native", "plain"]
     kernels_reason: str
+    resumed: bool = False
+    """Whether the run began before, and goes on."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +108,37 @@ class Events:
 
 
 class JsonLines(Events):
-    """Writes ``log.jsonl``: an event a line, flushed line by line so that a crash loses none.
+    """Writes ``log.jsonl``: an event a line, at once, so that the process's end loses none.
+
+    While the disk is full, lines wait in memory.
 
     Args:
-        path: The file, made anew.
+        path: The file.
+        size: What of the file to keep, in bytes; 0: it is made anew.
+        seconds: What the run had taken before.
+
+    Attributes:
+        size: Bytes of all events.
+
+    Raises:
+        EnvironmentFaultError: The file cannot be made, or the disk fails.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int = 0, seconds: float = 0.0) -> None:
         self._path = path
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            logger.warning("%s has lost what was written last, and goes on without it", path)
+            size = there
         with environment_faults(f"write {path}"):
-            self._file: IO[bytes] = open(path, "wb")
-        self._started = time.perf_counter()
+            self._file: IO[bytes] = open(path, "r+b" if size else "wb", buffering=0)
+            self._file.truncate(size)
+            self._file.seek(size)
+        self._waiting = bytearray()
+        self._lock = threading.Lock()
+        self._warned = False
+        self.size = size
+        self._started = time.perf_counter() - seconds
 
     def __enter__(self) -> Self:
         return self
@@ -123,12 +149,27 @@ class JsonLines(Events):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._write("error", {"kind": type(error).__name__, "message": str(error)})
-        self._file.close()
+        with contextlib.closing(self._file):
+            if error is not None:
+                self._write("error", {"kind": type(error).__name__, "message": str(error)})
+            elif self._waiting:
+                with environment_faults(f"write {self._path}"):
+                    self._write_waiting()
+
+    def flush(self) -> None:
+        """Make all lines durable.
+
+        Raises:
+            EnvironmentFaultError: The disk is full or fails.
+        """
+        with environment_faults(f"write {self._path}"):
+            self._write_waiting()
+            os.fsync(self._file.fileno())
 
     def on_start(self, start: Start) -> None:
         """Write the number of steps and rows; the configuration is in ``config.toml``."""
+        if start.resumed:
+            return  # it is there already
         content = {
             "position": asdict(start.position),
             "steps_per_epoch": start.steps_per_epoch,
@@ -159,9 +200,24 @@ class JsonLines(Events):
     def _write(self, event: str, content: dict[str, Any]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
         line = msgspec.json.encode({"event": event, "seconds": seconds} | content) + b"\n"
-        with environment_faults(f"write {self._path}"):
-            self._file.write(line)
-            self._file.flush()
+        with self._lock:
+            self._waiting += line
+            self.size += len(line)
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                with environment_faults(f"write {self._path}"):
+                    raise
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s waits until the disk has room: %s", self._path, error.strerror)
+
+    def _write_waiting(self) -> None:
+        with self._lock:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                del self._waiting[:written]
 
 
 class Console(Events):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import shlex
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,15 +21,20 @@ from dlrm.checkpoint import (
     load_optimizer_state,
     load_weights,
     read_info,
-    save_checkpoint,
 )
-from dlrm.config import TrainConfig, write_config
+from dlrm.config import TrainConfig, differences, read_config, write_config
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, copy_description
-from dlrm.device import memory_faults, open_device, synchronize
-from dlrm.errors import UserError
+from dlrm.device import (
+    memory_faults,
+    open_device,
+    random_state,
+    set_random_state,
+    synchronize,
+)
+from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
-from dlrm.files import environment_faults, link_or_copy, locked
+from dlrm.files import environment_faults, locked
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.runs import (
     Run,
@@ -35,12 +43,26 @@ from dlrm.runs import (
     peak_memory_bytes,
     versions,
 )
-from dlrm.schema import Split
+from dlrm.schema import Split, read_schema
 from dlrm.trace import part, waiting
 from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
+from dlrm.training.interruption import InterruptedNow, Interruption, noted_signals
 from dlrm.training.optimizer import Optimizer, learning_rate
 from dlrm.training.profiling import StepProfiler, trace_file
+from dlrm.training.saving import (
+    Checkpoints,
+    Metered,
+    Progress,
+    Saver,
+    first_not_finite,
+    tensors_of,
+)
 from dlrm.training.step import choose_step
+
+logger = logging.getLogger("dlrm")
+
+_NOT_TRAINING = ("--save-every-steps", "--save-every-minutes", "--keep")
+"""Options that change no result."""
 
 
 def train(
@@ -52,6 +74,8 @@ def train(
     profile: Path | str | None = None,
 ) -> RunResult:
     """Train a model on a DATASET into a new RUN folder.
+
+    At SIGINT and SIGTERM, in the main thread, the step is finished and saved.
 
     Args:
         dataset: A DATASET that ``prepare`` wrote.
@@ -67,6 +91,7 @@ def train(
         UserError: An option, the dataset or a checkpoint to continue from does not fit, RUN is
             taken, or the loss is not finite any more.
         EnvironmentFaultError: The disk or the device fails.
+        StoppedBySignalError: A KeyboardInterrupt: SIGINT or SIGTERM came, and ``resume`` goes on.
     """
     started = time.perf_counter()
     if not isinstance(config, TrainConfig):
@@ -80,20 +105,119 @@ def train(
         refuse_taken(run)
         schema = data.schema.with_max_ind_range(config.max_ind_range)
         trainer = Trainer(data, Run(run, schema, config, dataset), device)
-        with environment_faults(f"write to {run}"):
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        copy_description(dataset, run, schema)
-        write_config(run / "config.toml", config, dataset)
-        with JsonLines(run / "log.jsonl") as log:
-            trainer.listeners = (log, *listeners)
-            if trace is None:
+        return _train(trainer, listeners, trace, started)
+
+
+def resume(
+    run: Path | str,
+    dataset: Path | str | None = None,
+    listeners: Sequence[Events] = (),
+    *,
+    profile: Path | str | None = None,
+) -> RunResult:
+    """Go on with the training of a RUN that was interrupted, bit for bit as if it had not been.
+
+    From its newest checkpoint; from the beginning, where it was interrupted before the first. With
+    the options of its ``config.toml``. Of a run that has ended the result is returned.
+
+    Args:
+        run: A RUN folder.
+        dataset: Where its DATASET is now; None: where it was.
+        listeners: Told of every step, report and evaluation.
+        profile: Where a trace of some steps goes: a .json or .json.gz file, or a folder.
+
+    Returns:
+        What ``RUN/result.json`` holds.
+
+    Raises:
+        UserError: It is no RUN, the dataset is another, no checkpoint is undamaged, or the loss is
+            not finite any more.
+        EnvironmentFaultError: The disk or the device fails.
+        StoppedBySignalError: A KeyboardInterrupt: SIGINT or SIGTERM came, and it can go on again.
+    """
+    started = time.perf_counter()
+    run = Path(run)
+    trace = trace_file(Path(profile)) if profile is not None else None
+    config_file = run / "config.toml"
+    if not config_file.exists():
+        raise UserError(
+            f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
+        )
+    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
+        if (run / "result.json").exists():
+            result = Run.open(run).result()
+            logger.info("%s has ended already (%s); its result:", run, result.stopped)
+            return result
+        config, place = read_config(config_file)
+        place = Path(dataset) if dataset else place
+        if place is None:
+            raise UserError(f"{config_file} names no dataset. Name it there.")
+        data = Dataset.open(place)
+        _refuse_other_features(data, run)
+        device = open_device(config.device, config.local_rank)
+        schema = data.schema.with_max_ind_range(config.max_ind_range)
+        opened = Run(run, schema, config, place)
+        checkpoints = Checkpoints(run / "checkpoints", config.keep)
+        progress = checkpoints.newest_sound()
+        if progress is None and opened.checkpoint("newest").exists():
+            raise UserError(
+                f"{opened.checkpoint('newest')} lacks what an exact resume takes: it was imported, "
+                "or saved by an older dlrm. A new run takes it with --continue-from."
+            )
+        if progress is None:
+            logger.info("%s was interrupted before its first checkpoint; it begins anew", run)
+        else:
+            logger.info("going on after step %d", progress.position.total_steps)
+            checkpoints.name(progress)
+        checkpoints.clear(progress.position.total_steps if progress else None)
+        trainer = Trainer(data, opened, device, progress)
+        return _train(trainer, listeners, trace, started)
+
+
+def _refuse_other_features(data: Dataset, run: Path) -> None:
+    """Refuse a DATASET with other features than a RUN's, before any checkpoint is read."""
+    if not (run / "schema.json").exists():
+        return  # interrupted before
+    expected = read_schema(run, "run").fingerprint
+    if data.schema.fingerprint != expected:
+        raise UserError(
+            f"{data.path} is not the DATASET that {run} was trained on: its fingerprint is "
+            f"{data.schema.fingerprint}, expected {expected}. Name the right one."
+        )
+
+
+def _train(
+    trainer: Trainer, listeners: Sequence[Events], trace: Path | None, started: float
+) -> RunResult:
+    """Write what a RUN begins with, and train, evaluate and save into it."""
+    run, progress = trainer.run, trainer.progress
+    with environment_faults(f"write to {run.path}"):
+        run.path.mkdir(parents=True, exist_ok=True)
+        # First of all, so that what was interrupted later can be resumed.
+        write_config(run.path / "config.toml", run.config, run.dataset)
+        (run.path / "checkpoints").mkdir(exist_ok=True)
+    copy_description(run.dataset, run.path, run.schema)
+    size = progress.log_bytes if progress else 0
+    seconds = progress.seconds if progress else 0.0
+    started -= seconds
+    checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
+    step = progress.position.total_steps if progress else None
+    with (
+        JsonLines(run.path / "log.jsonl", size, seconds) as log,
+        Saver(checkpoints, log.flush, step) as saver,
+        noted_signals() as interruption,
+    ):
+        trainer.save_into(saver, log, started)
+        trainer.interruption = interruption
+        trainer.listeners = (log, *listeners)
+        if trace is None:
+            trainer.fit()
+        else:
+            with contextlib.closing(StepProfiler(trainer.model, trainer.device)) as profiler:
+                trainer.listeners = (*trainer.listeners, profiler)
                 trainer.fit()
-            else:
-                with contextlib.closing(StepProfiler(trainer.model, device)) as profiler:
-                    trainer.listeners = (*trainer.listeners, profiler)
-                    trainer.fit()
-                profiler.write(trace)
-            return trainer.finish(started)
+            profiler.write(trace)
+        return trainer.finish(started)
 
 
 def refuse_taken(run: Path) -> None:
@@ -112,11 +236,12 @@ def refuse_taken(run: Path) -> None:
     if (run / "config.toml").exists():
         raise UserError(
             f"{run} holds a run already that has not ended: it was interrupted, or still goes on. "
-            "Choose another folder, or delete this one; --continue-from takes its newest "
-            "checkpoint, if it has one."
+            f"dlrm train --resume {shlex.quote(str(run))} goes on with it. Or choose another "
+            "folder, or delete this one."
         )
     if run.exists():
-        others = {path.name for path in run.iterdir()} - {"dataset", "initial.safetensors"}
+        others = {path.name for path in run.iterdir() if not path.match(".*.partial")}
+        others -= {"dataset", "initial.safetensors"}
         if others:
             raise UserError(
                 f"{run} is not empty: it holds {', '.join(sorted(others)[:3])}. Choose a new "
@@ -132,17 +257,23 @@ class Trainer:
         run: The folder (which exists by the time ``fit`` is called), the schema and the
             configuration.
         device: Where to compute.
+        progress: Of the checkpoint in the folder that training goes on from; None: it begins.
 
     Raises:
-        UserError: The checkpoint to continue from does not fit.
+        UserError: The checkpoint to go on or to continue from does not fit.
     """
 
-    def __init__(self, data: Dataset, run: Run, device: torch.device) -> None:
+    def __init__(
+        self, data: Dataset, run: Run, device: torch.device, progress: Progress | None = None
+    ) -> None:
         self.data = data
         self.run = run
         self.config = config = run.config
         self.device = device
+        self.progress = progress
         self.listeners: Sequence[Events] = ()
+        self.interruption = Interruption()
+        self._saver: Saver | None = None
 
         self.train_rows = data.rows("train")
         batches = math.ceil(self.train_rows / config.mini_batch_size)
@@ -158,11 +289,13 @@ class Trainer:
         self.optimizer = Optimizer(self.model, config.optimizer, config.seed)
         self.position = Position()
         scaler_state = None
-        if config.continue_from:
+        if progress:
+            scaler_state = self._go_on(progress).gradient_scaler
+        elif config.continue_from:
             scaler_state = self._continue_from(Path(config.continue_from)).gradient_scaler
         else:
             self.draw_weights()
-        if 0 < config.max_steps <= self.position.total_steps:
+        if progress is None and 0 < config.max_steps <= self.position.total_steps:
             raise UserError(
                 f"{config.continue_from} was saved after {self.position.total_steps} steps, so "
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
@@ -173,15 +306,67 @@ class Trainer:
             self.step.scaler.load_state_dict(scaler_state)
 
         self.best_auc = -math.inf
+        self.best_step: int | None = None
+        self._best_before: tuple[float, int | None] = (self.best_auc, self.best_step)
         self.stopped = ""
         self.train_samples = 0
         self.train_seconds = 0.0
         self.train_loss = math.nan
+        self._evaluation_due = False
+        self._machine = self._describe_machine()
         # The newest evaluation and the step it was made at, so that the last is not made twice.
         self._evaluated: tuple[int, SplitResult] | None = None
+        self._meter = _Meter(device, progress.metered if progress else Metered())
+        if progress:
+            self._restore(progress)
+
+    def _restore(self, progress: Progress) -> None:
+        """Take over everything that is neither weights, optimizer state nor position."""
+        self.first_step = progress.first_step
+        if progress.best_auc is not None:
+            self.best_auc = progress.best_auc
+        self.best_step = progress.best_step
+        self.stopped = progress.stopped
+        self.train_samples = progress.train_samples
+        self.train_seconds = progress.train_seconds
+        if progress.train_loss is not None:
+            self.train_loss = progress.train_loss
+        if progress.skipped_steps:
+            self.step.skipped_steps = progress.skipped_steps
+        self._evaluation_due = progress.evaluation_due
+        machine = self._machine
+        for name in sorted(machine.keys() | progress.machine.keys()):
+            before, now = progress.machine.get(name, "unknown"), machine.get(name, "unknown")
+            if before != now:
+                logger.warning(
+                    "%s was %s when the checkpoint was saved, and is %s now: results may differ "
+                    "in their last bits from those of a run without an interruption",
+                    name,
+                    before,
+                    now,
+                )
+        set_random_state(self.device, progress.random_state)
+
+    def save_into(self, saver: Saver, log: JsonLines, started: float) -> None:
+        """Save checkpoints while training, beside those that nobody asked for: there is no other.
+
+        Args:
+            saver: Writes them.
+            log: Its size is noted in each.
+            started: ``time.perf_counter()`` at the start of the run.
+        """
+        self._saver = saver
+        self._log = log
+        self._started = started
+        self._saved_at = time.monotonic()
 
     def fit(self) -> None:
-        """Train until all epochs are done, or a limit or target is reached."""
+        """Train until all epochs are done, or a limit or target is reached.
+
+        Raises:
+            UserError: The loss or a weight is not finite any more.
+            StoppedBySignalError: A signal came; the last step is saved.
+        """
         start = Start(
             self.config,
             self.position,
@@ -189,10 +374,14 @@ class Trainer:
             self.train_rows,
             self.step.kernels,
             self.step.reason,
+            resumed=self.progress is not None,
         )
         for listener in self.listeners:
             listener.on_start(start)
         self.model.train()
+        if self._evaluation_due:
+            self._evaluate_and_save()
+        self._end_epoch()
         while self.position.epoch < self.config.epochs and not self.stopped:
             batches = self.data.batches(
                 "train",
@@ -203,16 +392,22 @@ class Trainer:
             )
             with contextlib.closing(batches):
                 self._train_on(batches)
-            if self.position.step == self.steps_per_epoch:
-                self.position = replace(self.position, epoch=self.position.epoch + 1, step=0)
+            self._end_epoch()
         self.stopped = self.stopped or "all epochs done"
+        self._save_last()
         for listener in self.listeners:
             listener.on_stop(Stop(self.position, self.stopped))
 
+    def _end_epoch(self) -> None:
+        """Count a pass that is complete."""
+        if self.position.step >= self.steps_per_epoch:
+            self.position = replace(self.position, epoch=self.position.epoch + 1, step=0)
+
     def _train_on(self, batches: Iterable[Batch]) -> None:
         """Train on the batches of a pass, or until a limit or target is reached."""
-        config = self.config
-        meter = _Meter(self.device)
+        config, meter = self.config, self._meter
+        watched = self.device.type == "cpu"  # elsewhere a look at a loss would wait for the device
+        meter.go_on()
         for batch in waiting(batches, "wait for data"):
             position = self.position
             self.position = position = replace(
@@ -221,6 +416,9 @@ class Trainer:
             rate = learning_rate(config.optimizer, position.total_steps)
             with part("step"):
                 loss = self.step(batch.to(self.device), rate)
+            self._look_at_saver()
+            if watched and not math.isfinite(loss.item()):
+                raise self._diverged(loss.item(), rate)
             meter.add(loss, len(batch))
             for listener in self.listeners:
                 listener.on_step(position, len(batch))
@@ -231,22 +429,77 @@ class Trainer:
                 last or (config.test_freq > 0 and position.step % config.test_freq == 0)
             )
             if last or evaluates or position.step % config.print_freq == 0:
-                self._report(meter, rate)
+                self._report(rate)
             if evaluates:
                 self._evaluate_and_save()
-                meter = _Meter(self.device)  # an evaluation is no training time
+                meter.go_on()  # an evaluation is no training time
+            elif self._save_is_due():
+                meter.pause()
+                self._save()
+                meter.go_on()
+            if self.interruption.number:
+                meter.pause()
+                raise self._stopped_by_signal()
             if self.stopped:
                 return
 
+    def _save_is_due(self) -> bool:
+        config = self.config
+        if self._saver is None:
+            return False
+        every = config.save_every_steps
+        if every and self.position.total_steps % every == 0:
+            return True
+        age = time.monotonic() - self._saved_at
+        return 0 < config.save_every_minutes <= age / 60 and not self._saver.is_busy
+
+    def _stopped_by_signal(self) -> StoppedBySignalError:
+        """Save, if that is not done, and return what to raise."""
+        assert self._saver
+        self._look_at_saver(wait=True)
+        if self._saver.saved_step != self.position.total_steps:
+            self._save(wait=True)
+        return self._stop_message()
+
+    def _stop_message(self) -> StoppedBySignalError:
+        assert self._saver
+        saved = self._saver.saved_step
+        number = self.interruption.number
+        return StoppedBySignalError(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {self.position.total_steps}; "
+            f"{'nothing' if saved is None else f'step {saved}'} is saved. To go on: dlrm train "
+            f"--resume {shlex.quote(str(self.run.path))}",
+        )
+
+    def _save_last(self) -> None:
+        """Save the end of training, if it was not evaluated, or could not be saved then."""
+        step = self.position.total_steps
+        self._look_at_saver(wait=True)
+        if self._saver is None or self._saver.saved_step == step:
+            return
+        auc = -math.inf
+        if self._evaluated and self._evaluated[0] == step:
+            auc = self._evaluated[1].metrics.auc
+        if self.best_step is None or auc > self.best_auc:
+            self.best_auc, self.best_step = max(self.best_auc, auc), step
+        if fault := self._save(wait=True):
+            raise fault
+
     def finish(self, started: float) -> RunResult:
-        """Save what is not saved yet, evaluate validation and test, and write the result.
+        """Evaluate validation and test, and write the result.
 
         Args:
             started: ``time.perf_counter()`` at the start of the run.
         """
+        try:
+            with self.interruption.at_once():
+                return self._finish(started)
+        except InterruptedNow:
+            raise self._stop_message() from None
+
+    def _finish(self, started: float) -> RunResult:
         config, run = self.config, self.run
-        if self._evaluated is None or self._evaluated[0] != self.position.total_steps:
-            self._save(is_best=self._evaluated is None)
         which = config.report_checkpoint
         if which == "best" and not run.checkpoint("best").samefile(run.checkpoint("newest")):
             load_weights(run.checkpoint("best"), self.model)
@@ -294,7 +547,37 @@ class Trainer:
                     random_state.permutation(rows)
         return random_state
 
+    def _go_on(self, progress: Progress) -> CheckpointInfo:
+        """Take over what a checkpoint of this run holds, which is verified."""
+        path = self.run.checkpoint("newest")
+        changed = [
+            option
+            for option in differences(progress.config, self.config)
+            if option not in _NOT_TRAINING
+        ]
+        if changed:
+            raise UserError(
+                f"{self.run.path / 'config.toml'} was changed since {path} was saved: "
+                f"{', '.join(changed)}. Change it back, or train a new run with --continue-from."
+            )
+        info = self._load(path, verified=True)
+        self.position = info.position
+        return info
+
     def _continue_from(self, path: Path) -> CheckpointInfo:
+        """Take over what a checkpoint of another run holds."""
+        info = self._load(path)
+        self.position = info.position
+        self._end_epoch()
+        if self.position.epoch >= self.config.epochs:
+            raise UserError(
+                f"{path} was saved after {self.position.epoch} epochs, so with --epochs "
+                f"{self.config.epochs} nothing is left to train. Ask for more epochs."
+            )
+        return info
+
+    def _load(self, path: Path, *, verified: bool = False) -> CheckpointInfo:
+        """Load weights and optimizer state, if they are of this DATASET and these options."""
         info = read_info(path)
         if info.optimizer not in ("", self.config.optimizer.optimizer):
             raise UserError(
@@ -316,29 +599,36 @@ class Trainer:
                 f"{path} was saved with --mini-batch-size {info.mini_batch_size}, in which its "
                 f"position is counted; got {self.config.mini_batch_size}. Use the same."
             )
-        load_weights(path, self.model)
+        load_weights(path, self.model, verified=verified)
         if info.optimizer:
             self.optimizer.load_state(load_optimizer_state(path))
-        self.position = info.position
-        if self.position.step >= self.steps_per_epoch:
-            self.position = replace(self.position, epoch=self.position.epoch + 1, step=0)
-        if self.position.epoch >= self.config.epochs:
-            raise UserError(
-                f"{path} was saved after {self.position.epoch} epochs, so with --epochs "
-                f"{self.config.epochs} nothing is left to train. Ask for more epochs."
-            )
         return info
 
-    def _report(self, meter: _Meter, rate: float) -> None:
-        loss, samples, steps, seconds = meter.read()
+    def _diverged(self, loss: float, rate: float) -> UserError:
+        """Return what to raise when the loss of the step just taken is not finite."""
+        position, size = self.position, self.config.mini_batch_size
+        first = (position.step - 1) * size
+        name = first_not_finite(tensors_of(self.model, self.optimizer))
+        return UserError(
+            f"the loss is {loss} at step {position.step} of epoch {position.epoch}, whose batch is "
+            f"rows {first} to {min(first + size, self.train_rows) - 1} of the training split: "
+            "training has diverged. Lower --learning-rate "
+            f"(it is {rate}), or warm up. The first tensor that is not finite is "
+            f"{name or 'the loss'}; what was saved before is kept."
+        )
+
+    def _report(self, rate: float) -> None:
+        loss, samples, steps, seconds = self._meter.read()
         self.train_loss = loss
         self.train_samples += samples
         self.train_seconds += seconds
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):  # of a device, where not every step is looked at
+            name = first_not_finite(tensors_of(self.model, self.optimizer))
             raise UserError(
                 f"the loss is {loss} in the {steps} steps up to step {self.position.step} of epoch "
                 f"{self.position.epoch}: training has diverged. Lower --learning-rate (it is "
-                f"{rate}), or warm up. The newest checkpoint holds the last evaluation's weights."
+                f"{rate}), or warm up. The first tensor that is not finite is "
+                f"{name or 'the loss'}; what was saved before is kept."
             )
         report = Report(
             self.position,
@@ -371,12 +661,21 @@ class Trainer:
     def _evaluate_and_save(self) -> None:
         for listener in self.listeners:
             listener.on_evaluation_start(self.position, self.steps_per_epoch)
-        result = self._evaluate(self.config.selection_split)
+        self._evaluation_due = True
+        try:
+            with self.interruption.at_once():
+                result = self._evaluate(self.config.selection_split)
+        except InterruptedNow:
+            raise self._stopped_by_signal() from None
+        self._look_at_saver(wait=True)  # whether the best so far is saved
+        self._evaluation_due = False
         self._evaluated = (self.position.total_steps, result)
         metrics = result.metrics
         is_best = not metrics.auc <= self.best_auc  # an undefined AUC (one class) counts as new
+        if is_best:
+            self._best_before = (self.best_auc, self.best_step)
+            self.best_step = self.position.total_steps
         self.best_auc = max(self.best_auc, metrics.auc)
-        self._save(is_best)
         evaluation = Evaluation(
             self.position,
             self.steps_per_epoch,
@@ -395,10 +694,12 @@ class Trainer:
         ):
             if target and value >= target:
                 self.stopped = f"target reached: {name} {value:.6f} ≥ {target}"
+        self._save()
 
-    def _save(self, is_best: bool) -> None:
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+    def _save(self, *, wait: bool = False) -> EnvironmentFaultError | None:
+        """Save a checkpoint, and return why one was not saved, if that is known."""
+        if self._saver is None:
+            return None
         info = CheckpointInfo(
             self.position,
             self.config.model,
@@ -408,24 +709,82 @@ class Trainer:
             self.config.mini_batch_size,
             self.step.scaler.state_dict() if self.step.scaler else None,
         )
-        save_checkpoint(self.run.checkpoint("newest"), tensors, info)
-        if is_best:
-            link_or_copy(self.run.checkpoint("newest"), self.run.checkpoint("best"))
+        tensors = tensors_of(self.model, self.optimizer)
+        self._saver.save(tensors, info, self._progress(), wait=wait)
+        self._saved_at = time.monotonic()
+        return self._look_at_saver()
+
+    def _look_at_saver(self, *, wait: bool = False) -> EnvironmentFaultError | None:
+        """See how saving went, where it has ended; return why it failed, if it did."""
+        saver = self._saver
+        if saver is None:
+            return None
+        if wait or not saver.is_busy:
+            saver.settle()
+        fault: EnvironmentFaultError | None = None
+        for progress, error in saver.failed:
+            fault = error
+            if progress.best_step == self.best_step == progress.position.total_steps:
+                self.best_auc, self.best_step = self._best_before
+        saver.failed.clear()
+        return fault
+
+    def _progress(self) -> Progress:
+        return Progress(
+            position=self.position,
+            config=self.config,
+            first_step=self.first_step,
+            metered=self._meter.state(),
+            random_state=random_state(self.device),
+            best_auc=self.best_auc if math.isfinite(self.best_auc) else None,
+            best_step=self.best_step,
+            train_loss=self.train_loss if math.isfinite(self.train_loss) else None,
+            train_samples=self.train_samples,
+            train_seconds=self.train_seconds,
+            seconds=time.perf_counter() - self._started,
+            skipped_steps=self.step.skipped_steps,
+            stopped=self.stopped,
+            evaluation_due=self._evaluation_due,
+            log_bytes=self._log.size,
+            machine=self._machine,
+        )
+
+    def _describe_machine(self) -> dict[str, str | int]:
+        """Return what results depend on bit by bit."""
+        described = hardware(self.device)
+        del described["cores"]
+        return {**versions(), **described, "kernels": self.step.kernels}
 
 
 class _Meter:
-    """Mean loss, rows and seconds since it was made or last read."""
+    """Mean loss, rows and seconds since it was made or last read.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the losses are.
+        metered: What it goes on from.
+    """
+
+    def __init__(self, device: torch.device, metered: Metered) -> None:
         self._device = device
-        self._restart()
+        self._loss = torch.tensor(metered.loss, dtype=torch.float64, device=device)
+        self._samples = metered.samples
+        self._steps = metered.steps
+        self._seconds = metered.seconds
+        self._since = 0.0
 
-    def _restart(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._samples = 0
-        self._steps = 0
+    def go_on(self) -> None:
+        """Let time count from now on."""
         synchronize(self._device)
         self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Let no more time count."""
+        synchronize(self._device)
+        self._seconds += time.perf_counter() - self._since
+
+    def state(self) -> Metered:
+        """Return what was added, and the time up to the last pause."""
+        return Metered(self._loss.item(), self._samples, self._steps, self._seconds)
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         self._loss.add_(loss, alpha=samples)
@@ -434,7 +793,11 @@ class _Meter:
 
     def read(self) -> tuple[float, int, int, float]:
         """Return mean loss, samples, steps and seconds, and start anew."""
+        self.pause()
         loss = self._loss.item() / self._samples
-        read = (loss, self._samples, self._steps, time.perf_counter() - self._since)
-        self._restart()
+        read = (loss, self._samples, self._steps, self._seconds)
+        self._loss.zero_()
+        self._samples = self._steps = 0
+        self._seconds = 0.0
+        self.go_on()
         return read
