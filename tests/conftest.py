@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +63,57 @@ def dataset(raw_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(raw_rows, folder, PrepareConfig())
     return folder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How what a warm process was asked for ended."""
+
+    status: int
+    """As of the command; -9: killed."""
+    said: str
+    """On standard output and error."""
+
+
+class Warm:
+    """Answers requests in forks of one warm process.
+
+    Args:
+        driver: The script of that process (``data/interrupted.py`` or what is made of it).
+        arguments: Of the script.
+    """
+
+    def __init__(self, driver: Path, *arguments: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, driver, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, **request: Any) -> Answer:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(request, default=str) + "\n")
+        self._process.stdin.flush()
+        return Answer(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def start_warm() -> Iterator[Callable[..., Warm]]:
+    """A function that starts a warm process, which ends with the tests."""
+    started: list[Warm] = []
+
+    def start(driver: Path, *arguments: Path) -> Warm:
+        started.append(Warm(driver, *arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
 
 
 @pytest.fixture(params=["native", "plain"])

@@ -31,6 +31,7 @@ from dlrm.config import (
     TrainConfig,
     differences,
     read_config,
+    read_run_config,
 )
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.schema import SPLITS, Split
@@ -191,7 +192,7 @@ class Train:
     def _refuse_options_beside_resume(self, run: Path) -> None:
         """Refuse what would make it another training than the one that was begun."""
         given = ["--run"] * (self.run is not None) + ["--config"] * (self.config is not None)
-        given += differences(self.options, read_config(run / "config.toml")[0])
+        given += differences(self.options, read_run_config(run)[0])
         if given:
             raise UserError(
                 f"--resume goes on with the options in {run / 'config.toml'}, so it does not take "
@@ -456,12 +457,7 @@ def _defaults(kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:
             values["dataset"] = dataset
     elif run := _value_of("--resume", arguments) if "resume" in values else None:
         # Its options, so that those given beside it that differ are found.
-        path = Path(run) / "config.toml"
-        if not path.exists():
-            raise UserError(
-                f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
-            )
-        values["options"], _ = read_config(path)
+        values["options"], _ = read_run_config(Path(run))
     return values
 
 

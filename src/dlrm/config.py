@@ -405,6 +405,20 @@ def read_config(path: Path) -> tuple[TrainConfig, Path | None]:
     return _from_builtins(content, TrainConfig, path), path.parent / dataset if dataset else None
 
 
+def read_run_config(run: Path) -> tuple[TrainConfig, Path | None]:
+    """Read a RUN's ``config.toml``; see ``read_config``.
+
+    Raises:
+        UserError: The folder is no RUN; or as of ``read_config``.
+    """
+    path = run / "config.toml"
+    if not path.exists():
+        raise UserError(
+            f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
+        )
+    return read_config(path)
+
+
 def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T:
     """Build a configuration from a file's keys and values; defaults where it is silent.
 

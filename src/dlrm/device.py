@@ -80,14 +80,14 @@ def memory_faults(action: str) -> Iterator[None]:
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to; needed before reading a clock."""
     if device.type != "cpu":
-        _backend("cuda" if device.type == "cuda" else "npu").synchronize(device)
+        _backend_of(device).synchronize(device)
 
 
 def random_state(device: torch.device) -> tuple[bytes, ...]:
     """Return the state of the generators that training on a device draws from."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
-        states.append(_backend("cuda" if device.type == "cuda" else "npu").get_rng_state(device))
+        states.append(_backend_of(device).get_rng_state(device))
     return tuple(state.numpy().tobytes() for state in states)
 
 
@@ -96,8 +96,7 @@ def set_random_state(device: torch.device, states: Sequence[bytes]) -> None:
     tensors = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
     torch.set_rng_state(tensors[0])
     if device.type != "cpu" and len(tensors) > 1:
-        backend = _backend("cuda" if device.type == "cuda" else "npu")
-        backend.set_rng_state(tensors[1], device)
+        _backend_of(device).set_rng_state(tensors[1], device)
 
 
 def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[object]:
@@ -175,6 +174,10 @@ _CGROUPS = (
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """Of either version: the folder, the files of the limit and of what is used, a row of the rest."""
+
+
+def _backend_of(device: torch.device) -> ModuleType:
+    return _backend("cuda" if device.type == "cuda" else "npu")
 
 
 def _backend(kind: DeviceKind) -> ModuleType:

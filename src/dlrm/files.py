@@ -204,13 +204,14 @@ def write_json(path: Path, value: Any) -> None:
         file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
-def read_json(path: Path, kind: type[T], what: str) -> T:
+def read_json(path: Path, kind: type[T], what: str, *, if_missing: str = "") -> T:
     """Read a JSON file written by us and check its type and format version.
 
     Args:
         path: The file.
         kind: A dataclass with a ``format_version`` field whose default is the version we write.
         what: What the file is, for messages ("dataset", "run").
+        if_missing: What to do where it is missing, if that is more than to make it again.
 
     Raises:
         UserError: The file is missing, damaged, or of a version we cannot read.
@@ -220,7 +221,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path.parent} is not a complete {what}: {path.name} is missing. "
-            f"Check the path, or make the {what} again."
+            + (if_missing or f"Check the path, or make the {what} again.")
         ) from error
     try:
         check_version(msgspec.json.decode(content, type=_Versioned).format_version, path)

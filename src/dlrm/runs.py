@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from dlrm.checkpoint import load_weights
-from dlrm.config import Amp, TrainConfig, read_config
+from dlrm.config import Amp, TrainConfig, read_run_config
 from dlrm.device import available_cores
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, atomic_write, environment_faults, read_json, write_json
@@ -88,11 +88,7 @@ class Run:
         Raises:
             UserError: It is no RUN, or of another version.
         """
-        if not (path / "config.toml").exists():
-            raise UserError(
-                f"{path} is not a run: config.toml is missing. Name a folder that dlrm train made."
-            )
-        config, dataset = read_config(path / "config.toml")
+        config, dataset = read_run_config(path)
         if dataset is None:
             raise UserError(f"{path / 'config.toml'} names no dataset. Name it there.")
         return Run(path, read_schema(path, "run"), config, dataset)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,39 +46,7 @@ def quick_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """How a preparation ended."""
-
-    status: int
-    """As of the command; -9: killed."""
-    said: str
-    """On standard output and error."""
-
-
-class Warm:
-    """Prepares in forks of one warm process, as requests say (``interrupted.py``)."""
-
-    def __init__(self) -> None:
-        driver = Path(__file__).parent / "interrupted.py"
-        self._process = subprocess.Popen(
-            [sys.executable, str(driver)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, **request: Any) -> Answer:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps(request, default=str) + "\n")
-        self._process.stdin.flush()
-        return Answer(**json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
-
-
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
+def warm(start_warm: Callable[..., Any]) -> Any:
     """A function that prepares in a process of its own, which may be told to fail."""
-    process = Warm()
-    yield process
-    process.close()
+    return start_warm(Path(__file__).parent / "interrupted.py")

@@ -15,12 +15,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,47 +64,22 @@ EAGER = {
 }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """How a training ended."""
-
-    status: int
-    said: str
+Warm = Callable[..., Any]
 
 
-class Warm:
-    """Trains in forks of one warm process, as requests say (``interrupted_training.py``)."""
+@pytest.fixture(scope="module")
+def warm(start_warm: Callable[..., Any], dataset: Path) -> Warm:
+    """A function that trains in a process of its own (``interrupted_training.py``)."""
+    process = start_warm(Path(__file__).parent / "interrupted_training.py", dataset)
 
-    def __init__(self, dataset: Path) -> None:
-        driver = Path(__file__).parent / "interrupted_training.py"
-        self._process = subprocess.Popen(
-            [sys.executable, driver, dataset],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, run: Path, dataset: Path | None = None, **request: Any) -> Answer:
-        assert self._process.stdin
-        assert self._process.stdout
-        request["run"] = run
+    def ask(run: Path, dataset: Path | None = None, **request: Any) -> Any:
         if dataset is not None:
             request["dataset"] = dataset
         if "config" in request:
             request["config"] = asdict(request["config"])
-        self._process.stdin.write(json.dumps(request, default=str) + "\n")
-        self._process.stdin.flush()
-        return Answer(**json.loads(self._process.stdout.readline()))
+        return process(run=run, **request)
 
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def warm(dataset: Path) -> Iterator[Warm]:
-    process = Warm(dataset)
-    yield process
-    process.close()
+    return ask
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:

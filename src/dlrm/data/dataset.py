@@ -176,12 +176,12 @@ class Dataset:
                 f"{path} is not a folder. Name the DATASET that `dlrm prepare` made; of a run "
                 "whose DATASET has moved, with --dataset."
             )
-        if not (path / "manifest.json").exists():
-            raise UserError(
-                f"{path} is not a complete dataset: manifest.json is missing. Check the path; of a "
-                "folder with raw rows, `dlrm prepare` makes a DATASET."
-            )
-        manifest = read_json(path / "manifest.json", Manifest, "dataset")
+        manifest = read_json(
+            path / "manifest.json",
+            Manifest,
+            "dataset",
+            if_missing="Check the path; of a folder with raw rows, `dlrm prepare` makes a DATASET.",
+        )
         schema = read_schema(path, "dataset")
         if schema.sealed().fingerprint != schema.fingerprint:
             raise UserError(

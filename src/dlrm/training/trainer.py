@@ -22,7 +22,7 @@ from dlrm.checkpoint import (
     load_weights,
     read_info,
 )
-from dlrm.config import TrainConfig, differences, read_config, write_config
+from dlrm.config import TrainConfig, differences, read_run_config, write_config
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.device import (
@@ -138,20 +138,15 @@ def resume(
     started = time.perf_counter()
     run = Path(run)
     trace = trace_file(Path(profile)) if profile is not None else None
-    config_file = run / "config.toml"
-    if not config_file.exists():
-        raise UserError(
-            f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
-        )
+    config, place = read_run_config(run)
     with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
         if (run / "result.json").exists():
             result = Run.open(run).result()
             logger.info("%s has ended already (%s); its result:", run, result.stopped)
             return result
-        config, place = read_config(config_file)
         place = Path(dataset) if dataset else place
         if place is None:
-            raise UserError(f"{config_file} names no dataset. Name it there.")
+            raise UserError(f"{run / 'config.toml'} names no dataset. Name it there.")
         data = Dataset.open(place)
         _refuse_other_features(data, run)
         device = open_device(config.device, config.local_rank)
