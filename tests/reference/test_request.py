@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from dlrm import cli
-from dlrm.config import LossConfig, ModelConfig, OptimizerConfig, PrepareConfig, TrainConfig
+from dlrm.config import (
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from dlrm.errors import UserError
 from dlrm.reference import Request, parse
 
@@ -53,6 +60,7 @@ def test_the_published_recipe() -> None:
         selection_split="test",
         report_checkpoint="newest",
         initial_draws="total",
+        tracking=TrackingConfig(mlperf_logging=True),
     )
     assert asked.source == Path("data/train.txt")
     assert asked.dataset == Path("data/kaggleAdDisplayChallenge_processed.dataset")
@@ -114,10 +122,13 @@ def test_the_references_defaults_apply() -> None:
         ("--test-mini-batch-size=-1", {"evaluation_batch_size": 128}),
         ("--mlperf-auc-threshold=0.8", {"target_auc": 0.8}),
         ("--mlperf-acc-threshold=0.7", {"target_accuracy": 0.7}),
-        ("--tensor-board-filename=run_kaggle_pt", {"tensorboard": True}),
+        ("--tensor-board-filename=run_kaggle_pt", {"tracking.tensorboard": True}),
         (
             "--mlperf-submission-org=us --mlperf-submission-division=open",
-            {"mlperf_submission_org": "us", "mlperf_submission_division": "open"},
+            {
+                "tracking.mlperf_submission_org": "us",
+                "tracking.mlperf_submission_division": "open",
+            },
         ),
         ("--load-model=m.pt --run=r", {"continue_from": "r/initial.safetensors"}),
         ("--round-targets=False --num-workers=4 --dataset-multiprocessing", {}),
@@ -150,7 +161,7 @@ def test_what_preparation_is_asked_for(flags: str, expected: PrepareConfig) -> N
         "--loss-function=wbce --loss-weights=0.4-1.6 --loss-threshold=0.001 --step=7",
         "--arch-interaction-op=cat --max-ind-range=50 --data-randomize=day --num-batches=3",
         "--mlperf-auc-threshold=0.8 --mlperf-acc-threshold=0.79 --test-freq=-1 --use-npu",
-        "--tensor-board-filename=x --mlperf-submission-platform='a b' --mlperf-submission-org=us",
+        "--tensor-board-filename=x --mlperf-submission-platform='a' --mlperf-submission-org=us",
         "--lr-num-warmup-steps=5 --lr-decay-start-step=6 --lr-num-decay-steps=7 --run=/a/'b'",
         "--learning-rate=1e-07 --load-model=m.pt --data-randomize=none --use-gpu --local_rank=3",
     ],
