@@ -87,7 +87,7 @@ def log_of(run: Path) -> list[dict[str, Any]]:
     times = {
         "seconds",
         "milliseconds_per_step",
-        "data_wait_milliseconds_per_step",
+        "data_wait_milliseconds",
         "samples_per_second",
     }
     lines = [json.loads(line) for line in (run / "log.jsonl").read_bytes().splitlines()]

@@ -78,7 +78,7 @@ def logged(run: Path) -> Scalars:
                 add(f"{line['split']}/{name}", step, value)
     for split, metrics in json.loads((run / "result.json").read_text())["metrics"].items():
         for name, value in metrics.items():
-            add(f"result/{split}/{name}", step, value)
+            add(f"trained/{split}/{name}", step, value)
     return found
 
 
@@ -91,13 +91,13 @@ def test_what_is_written_is_what_is_logged(dataset: Path, tmp_path: Path) -> Non
         "train/learning_rate",
         "train/samples_per_second",
         "train/milliseconds_per_step",
-        "train/data_wait_milliseconds_per_step",
+        "train/data_wait_milliseconds",
     }
     assert found["train/learning_rate"][0] == (7, pytest.approx(0.05 * 7 / 30))
     assert [step for step, _ in found["validation/auc"]] == [15, 30, 41, 56, 71, 82]
     for name in ("log_loss", "normalized_entropy", "calibration", "accuracy", "average_precision"):
         assert f"validation/{name}" in found
-        assert f"result/test/{name}" in found
+        assert f"trained/test/{name}" in found
 
 
 def test_interrupted_it_shows_the_same(
@@ -167,7 +167,7 @@ def test_waiting_for_data_is_measured(
     reports = [line for line in lines if line["event"] == "report"]
     assert len(reports) == 2
     for report in reports:
-        wait = report["data_wait_milliseconds_per_step"]
+        wait = report["data_wait_milliseconds"]
         assert 20 <= wait <= report["milliseconds_per_step"]
 
 

@@ -65,7 +65,7 @@ class Report:
     loss: float
     milliseconds_per_step: float
     """Loading included, evaluation excluded."""
-    data_wait_milliseconds_per_step: float
+    data_wait_milliseconds: float
     """Of these, those in which the next batch was not there yet."""
     samples_per_second: float
     learning_rate: float

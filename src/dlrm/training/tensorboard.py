@@ -92,7 +92,7 @@ class TensorBoard(Events):
             "learning_rate": report.learning_rate,
             "samples_per_second": report.samples_per_second,
             "milliseconds_per_step": report.milliseconds_per_step,
-            "data_wait_milliseconds_per_step": report.data_wait_milliseconds_per_step,
+            "data_wait_milliseconds": report.data_wait_milliseconds,
         }
         self._write_scalars(report.position, "train", values)
 
@@ -102,9 +102,9 @@ class TensorBoard(Events):
         self._write_scalars(evaluation.position, evaluation.split, metrics)
 
     def on_finish(self, finish: Finish) -> None:
-        """Write the metrics of ``result.json``, and what the projector shows."""
+        """Write the metrics of the trained model, and what the projector shows."""
         for split, metrics in finish.result.metrics.items():
-            self._write_scalars(finish.position, f"result/{split}", dataclasses.asdict(metrics))
+            self._write_scalars(finish.position, f"trained/{split}", dataclasses.asdict(metrics))
         tracking = self._run.config.tracking
         if tracking.tensorboard_projector:
             try:
