@@ -26,6 +26,8 @@ class SplitResult:
     """How a model does on a split."""
 
     metrics: Metrics
+    labels: npt.NDArray[np.float32]
+    """(rows of the split,), in stored order."""
     probabilities: npt.NDArray[np.float32]
     """(rows of the split,), in stored order."""
     unknown_ids: int
@@ -59,7 +61,7 @@ def evaluate_split(
     shown = progress(f"evaluate {split}", count, batches, unit="batches")
     scored = score(model, shown, config.loss, config.amp)
     metrics = compute_metrics(scored.labels, scored.probabilities)
-    return SplitResult(metrics, scored.probabilities, scored.unknown_ids)
+    return SplitResult(metrics, scored.labels, scored.probabilities, scored.unknown_ids)
 
 
 def evaluate(

@@ -503,7 +503,8 @@ class Trainer:
         splits: tuple[Split, ...] = ("validation", "test")
         for split in splits:
             results[split] = self._evaluate(split)
-            run.write_predictions(split, results[split].probabilities)
+            with run.write_predictions(split, self.data.manifest.fingerprint) as predictions:
+                predictions.add(results[split].labels, results[split].probabilities)
         result = RunResult(
             epochs=self.position.epoch + self.position.step / self.steps_per_epoch,
             train_samples=self.train_samples,
