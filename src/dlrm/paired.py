@@ -177,6 +177,8 @@ class _Placements:
             values = np.zeros(len(labels)) if first else self.read(len(labels), position)
             inside = np.flatnonzero((sought >= keys[0]) & (sought <= keys[-1]))
             if first or len(inside):
+                # Sorted, since looking things up all over a table waits for memory.
+                inside = inside[np.argsort(sought[inside])]
                 at = np.searchsorted(keys, sought[inside])
                 values[inside] = np.where(labels[inside] == 1, of_positives[at], of_negatives[at])
                 with environment_faults("write placement values"):
