@@ -237,7 +237,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
 def test_a_side_of_different_recipes_is_told(tmp_path: Path) -> None:
     runs = recipe(tmp_path, "run", [0.4, 0.5, 0.6])
     with open(runs[0] / "config.toml", "a") as file:
-        file.write("[optimizer]\nlearning_rate = 0.5\n")
+        file.write("keep = 9\n[optimizer]\nlearning_rate = 0.5\n[tracking]\ntensorboard = true\n")
     comparison = compare(runs[:2], runs[2:])
     assert comparison.configuration["optimizer.learning_rate"] == {"A1": 0.5, "A2": None, "B": None}
     assert comparison.notes == (

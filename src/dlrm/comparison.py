@@ -349,15 +349,20 @@ def _configuration(run: Path) -> dict[str, Any]:
     return dict(_flat(content, ""))
 
 
-_NOT_THE_RECIPE = ("dataset", "format_version")
-"""Where a run's data lay and which version wrote it; that the rows are equal is checked."""
+_NOT_THE_RECIPE = {
+    *("dataset", "format_version"),  # that the rows are equal is checked
+    *("tracking", "save_every_steps", "save_every_minutes", "keep", "evaluation_memory"),
+}
+"""Keys and tables of config.toml that change no result."""
 
 
 def _flat(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
+        if prefix + key in _NOT_THE_RECIPE:
+            continue
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif prefix + key not in _NOT_THE_RECIPE:
+        else:
             yield prefix + key, value
 
 
