@@ -6,24 +6,23 @@ import math
 import platform
 import resource
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from dlrm.checkpoint import load_weights
 from dlrm.config import Amp, TrainConfig, read_run_config
 from dlrm.device import available_cores
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, atomic_write, environment_faults, read_json, write_json
+from dlrm.files import FORMAT_VERSION, read_json, write_json
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
+from dlrm.predictions import Predictions, PredictionsWriter, write_predictions
 from dlrm.schema import FeatureSchema, Split, read_schema
 
 Which = Literal["best", "newest"]
@@ -118,28 +117,44 @@ class Run:
         content: dict[str, Any] = read_json(path, dict, "run")
         try:
             # JSON has no NaN, which is what a metric of one-class labels can be.
-            content["metrics"] = {
-                split: {name: math.nan if value is None else value for name, value in each.items()}
-                for split, each in content["metrics"].items()
-            }
+            content["metrics"] = _null_to_nan(content["metrics"])
             return msgspec.convert(content, RunResult)
         except (msgspec.ValidationError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
 
-    def write_predictions(self, split: Split, probabilities: npt.NDArray[np.float32]) -> None:
-        """Write ``predictions/SPLIT.arrow``: row, the position in the split, and probability."""
-        table = pa.table({"row": np.arange(len(probabilities)), "probability": probabilities})
-        with environment_faults(f"write to {self.path}"):
-            (self.path / "predictions").mkdir(exist_ok=True)
-        with (
-            atomic_write(self.path / "predictions" / f"{split}.arrow") as file,
-            pa.ipc.new_file(file, table.schema) as writer,
-        ):
-            writer.write_table(table)
+    def predictions(self, split: Split) -> Predictions:
+        """Open ``predictions/SPLIT.arrow``.
+
+        Raises:
+            UserError: It is missing, damaged, or of an older dlrm, which wrote no labels.
+        """
+        return Predictions.open(self._predictions_file(split), split)
+
+    def write_predictions(
+        self, split: Split, dataset: str
+    ) -> AbstractContextManager[PredictionsWriter]:
+        """Write ``predictions/SPLIT.arrow`` as its rows come (``predictions.write_predictions``).
+
+        Args:
+            split: Which split.
+            dataset: The fingerprint of the DATASET's manifest.
+        """
+        return write_predictions(self._predictions_file(split), split, dataset)
+
+    def _predictions_file(self, split: Split) -> Path:
+        return self.path / "predictions" / f"{split}.arrow"
 
     def write_result(self, result: RunResult) -> None:
         """Write ``result.json``."""
         write_json(self.path / "result.json", result)
+
+
+def _null_to_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _null_to_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_null_to_nan(value) for value in content]
+    return math.nan if content is None else content
 
 
 def peak_memory_bytes() -> int:

@@ -256,10 +256,14 @@ def test_a_run_holds_what_is_promised(dataset: Path, tmp_path: Path, kernels: st
             "auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples",
         }  # fmt: skip
         table = pa.ipc.open_file(run / f"predictions/{split}.arrow").read_all()
-        assert table.schema.types == [pa.int64(), pa.float32()]
+        assert table.schema.types == [pa.int64(), pa.uint8(), pa.float32()]
         assert table["row"].to_pylist() == list(range(data.rows(split)))
         labels = np.concatenate([b.labels for b in data.batches(split, 100)])
-        metrics = compute_metrics(labels, table["probability"].to_numpy())
+        predictions = Run.open(run).predictions(split)
+        assert predictions.dataset == data.manifest.fingerprint
+        stored, probabilities = predictions.arrays()
+        np.testing.assert_array_equal(stored, labels)
+        metrics = compute_metrics(labels, probabilities)
         assert metrics == result.metrics[split]
     assert content["epochs"] == 1
     assert content["train_samples"] == data.rows("train")
