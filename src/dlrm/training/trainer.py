@@ -199,19 +199,19 @@ def _train(
     step = progress.position.total_steps if progress else None
     with (
         JsonLines(run.path / "log.jsonl", size, seconds) as log,
-        Saver(checkpoints, log.flush, step) as saver,
         noted_signals() as interruption,
     ):
-        trainer.save_into(saver, log, started)
         trainer.interruption = interruption
         trainer.listeners = (log, *listeners)
-        if trace is None:
-            trainer.fit()
-        else:
-            with contextlib.closing(StepProfiler(trainer.model, trainer.device)) as profiler:
-                trainer.listeners = (*trainer.listeners, profiler)
+        with Saver(checkpoints, log.flush, step) as saver:
+            trainer.save_into(saver, log, started)
+            if trace is None:
                 trainer.fit()
-            profiler.write(trace)
+            else:
+                with contextlib.closing(StepProfiler(trainer.model, trainer.device)) as profiler:
+                    trainer.listeners = (*trainer.listeners, profiler)
+                    trainer.fit()
+                profiler.write(trace)
         return trainer.finish(started)
 
 
@@ -373,6 +373,8 @@ class Trainer:
         )
         for listener in self.listeners:
             listener.on_start(start)
+        if self._saver:
+            self._saver.make_room(tensors_of(self.model, self.optimizer))
         self.model.train()
         if self._evaluation_due:
             self._evaluate_and_save()
