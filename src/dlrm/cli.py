@@ -174,8 +174,8 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
+        from dlrm.training.begin import resume, train
         from dlrm.training.events import Console
-        from dlrm.training.trainer import resume, train
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)

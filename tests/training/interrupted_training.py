@@ -31,7 +31,7 @@ from dlrm import cli, device  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
-from dlrm.training import events, saving, trainer  # noqa: E402
+from dlrm.training import begin, events, saving, trainer  # noqa: E402
 from dlrm.training.events import Console, Events  # noqa: E402
 from dlrm.training.step import EagerStep  # noqa: E402
 
@@ -64,7 +64,7 @@ def train_once(dataset: Path) -> None:
     for dropout in (0.0, 0.1):
         config = TrainConfig(model=replace(model, dropout=dropout), max_steps=2)
         with tempfile.TemporaryDirectory() as folder:
-            trainer.train(dataset, Path(folder) / "run", config)
+            begin.train(dataset, Path(folder) / "run", config)
 
 
 def answer(request: dict[str, Any], said: int) -> None:
@@ -78,9 +78,9 @@ def answer(request: dict[str, Any], said: int) -> None:
             cli.main(request["command"])
         elif "config" in request:
             config = msgspec.convert(request["config"], TrainConfig)
-            trainer.train(request["dataset"], request["run"], config, listeners)
+            begin.train(request["dataset"], request["run"], config, listeners)
         else:
-            trainer.resume(request["run"], request.get("dataset"), listeners)
+            begin.resume(request["run"], request.get("dataset"), listeners)
         status = 0
     except SystemExit as end:
         status = end.code

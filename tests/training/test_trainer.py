@@ -28,8 +28,8 @@ from dlrm.metrics import compute_metrics
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.loss import mean_loss
 from dlrm.runs import Run
+from dlrm.training.begin import train
 from dlrm.training.events import Evaluation, Events, Report, Start, Stop
-from dlrm.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

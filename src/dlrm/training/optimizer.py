@@ -1,8 +1,8 @@
 """SGD, Adagrad and row-wise Adagrad: a step touches only the table rows of its batch.
 
-Dense weights go through torch.optim's functions; its classes import a compiler when they are made,
-which takes seconds. The tables' rules are here, since torch.optim has no row-wise Adagrad and spends
-more on its sparse tensors than the update costs.
+Dense weights go through torch.optim's functions; its classes import a compiler when they are
+made, which takes seconds. The tables' rules are here, since torch.optim has no row-wise Adagrad and
+spends more on its sparse tensors than the update costs.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Optimizer:
         return True
 
     def _step_dense(self, rate: float) -> None:
-        moved = [each for each in self._dense.values() if each.grad is not None]
+        moved: list[Tensor] = [each for each in self._dense.values() if each.grad is not None]
         gradients = [each.grad for each in moved if each.grad is not None]
         if self._sums:
             adagrad(
