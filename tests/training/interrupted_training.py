@@ -125,6 +125,7 @@ class FullDisk:
 def set_up(request: dict[str, Any]) -> list[Events]:
     """Make it fail where a request says so."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    os.chdir(request.get("cwd", "."))
     # A flush matters when the machine stops, not the process; here it would take most of the time.
     os.fsync = lambda _: None
     if not request.get("overlap"):  # so that it is certain what is saved when it is killed
