@@ -77,7 +77,7 @@ def serve() -> None:
         while True:
             wait = max(0.0, deadline - time.monotonic()) if deadline else None
             if not select.select([reader], [], [], wait)[0]:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, request.get("signal_after", signal.SIGKILL))
                 deadline = 0.0
             elif chunk := os.read(reader, 1 << 16):
                 said += chunk

@@ -85,7 +85,7 @@ def test_dlrm_run_goes_on_with_a_preparation(warm: Any, raw_rows: Path, tmp_path
     run.parent.mkdir()
     command = ["run", raw_rows, run, *OPTIONS]
     killed = tmp_path / "killed"
-    kill = {"kill_once": killed, "but_not": "^(after|amid)|fsync|vocabulary|unlink|part-train"}
+    kill = {"kill_once": killed, "but_not": "^(after|amid)|fsync|vocabulary|unlink|part-|write"}
     taken_up = 0
     for _ in range(100):
         answer = warm(run, command, **kill)
