@@ -7,11 +7,14 @@ to preparation, and watches files with the same code.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
 import logging
 import os
+import re
+import resource
 import signal
 import sys
 import tempfile
@@ -27,7 +30,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 interrupted = importlib.import_module("interrupted")
 
-from dlrm import cli, device  # noqa: E402
+from dlrm import cli, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
@@ -71,6 +74,8 @@ def answer(request: dict[str, Any], said: int) -> None:
     os.dup2(said, 1)
     os.dup2(said, 2)
     os.close(said)
+    if "stdout" in request:
+        os.dup2(os.open(request["stdout"], os.O_WRONLY), 1)
     status: Any = 1
     try:
         listeners = set_up(request)
@@ -170,9 +175,68 @@ def set_up(request: dict[str, Any]) -> list[Events]:
             listeners.append(AtStep(request["full_to"], disk.empty))
         told.append(disk)
         events.open = disk.open  # type: ignore[attr-defined]
+    if "address_space" in request:  # beyond what is taken already
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + request["address_space"],) * 2)
+    if "fault_at" in request:
+        fault = Fault(request["fault_at"], request["fault"], request.get("disk"))
+        told.append(fault)
+        on_each_step(listeners, fault)
+        score = evaluation.score
+
+        def score_watched(*arguments: Any) -> Any:
+            fault("before", "score", "")
+            return score(*arguments)
+
+        evaluation.score = score_watched  # type: ignore[assignment]
     if told:
         watch(request["run"], told)
     return listeners
+
+
+def on_each_step(listeners: list[Events], fault: Fault) -> None:
+    class EachStep(Events):
+        def on_step(self, position: Position, samples: int) -> None:
+            fault("after", "step", str(position.total_steps))
+
+    listeners.append(EachStep())
+
+
+class Fault:
+    """Lets something happen at the first event that a pattern matches.
+
+    Args:
+        pattern: Of events: the moment, the operation, the file.
+        kind: A signal; or "disk full"; or "out of memory".
+        disk: A small file system, which is filled; None: no write works any more.
+    """
+
+    def __init__(self, pattern: str, kind: str, disk: str | None) -> None:
+        self._pattern = re.compile(pattern)
+        self._kind = kind
+        self._disk = disk
+        self._happened = False
+
+    def __call__(self, moment: str, operation: str, path: str) -> None:
+        if not self._happened and self._pattern.search(f"{moment} {operation} {path}"):
+            self._happened = True
+            if self._kind in signal.Signals.__members__:
+                os.kill(os.getpid(), signal.Signals[self._kind])
+            elif self._kind == "out of memory":
+                raise MemoryError("not enough for this")
+            elif self._disk:
+                fill(Path(self._disk) / "ballast")
+        if self._happened and self._kind == "disk full" and not self._disk:
+            if operation in ("write", "mkdir", "link"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill(ballast: Path) -> None:
+    with contextlib.suppress(OSError), io.FileIO(ballast, "w") as file:
+        for size in (1 << 16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
 
 
 def watch(run: str, tell: list[Any]) -> None:
