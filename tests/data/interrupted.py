@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tqdm import tqdm
 
 from dlrm import cli, files
 from dlrm.config import PrepareConfig
@@ -70,6 +71,8 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             os.close(reader)
+            # A lock of this process alone: one that is killed would leave the common one held.
+            tqdm.set_lock(threading.RLock())
             _answer(request, writer)
         os.close(writer)
         said = b""
