@@ -241,9 +241,9 @@ class _Versioned(msgspec.Struct):
     format_version: str
 
 
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "1.3"
 """1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET. 1.2: checksums and
-``step-NNNNNNNNN.json`` in a RUN's checkpoints."""
+``step-NNNNNNNNN.json`` in a RUN's checkpoints. 1.3: tracking in a RUN's configuration."""
 
 
 def check_version(found: str, path: Path) -> None:

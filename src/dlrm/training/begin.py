@@ -11,17 +11,25 @@ from pathlib import Path
 
 import torch
 
-from dlrm.config import TrainConfig, differences, read_run_config, write_config
+from dlrm.config import (
+    TrackingConfig,
+    TrainConfig,
+    differences,
+    read_run_config,
+    write_config,
+)
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.device import memory_faults, open_device
 from dlrm.errors import UserError
 from dlrm.files import environment_faults, locked
 from dlrm.runs import Run, RunResult
-from dlrm.schema import read_schema
+from dlrm.schema import FeatureSchema, read_schema
 from dlrm.training.events import Events, JsonLines
 from dlrm.training.interruption import noted_signals
+from dlrm.training.mlperf import MlperfLog
 from dlrm.training.profiling import StepProfiler, trace_file
 from dlrm.training.saving import Checkpoints, Saver
+from dlrm.training.tensorboard import TensorBoard
 from dlrm.training.trainer import Trainer
 
 logger = logging.getLogger("dlrm")
@@ -66,6 +74,7 @@ def train(
     with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
         refuse_taken(run)
         schema = data.schema.with_max_ind_range(config.max_ind_range)
+        _refuse_unknown_feature(config.tracking, schema)
         trainer = Trainer(data, Run(run, schema, config, dataset), device, started=started)
         return _train(trainer, listeners, trace)
 
@@ -113,6 +122,7 @@ def resume(
         _refuse_other_features(data, run)
         device = open_device(config.device, config.local_rank)
         schema = data.schema.with_max_ind_range(config.max_ind_range)
+        _refuse_unknown_feature(config.tracking, schema)
         opened = Run(run, schema, config, place)
         checkpoints = Checkpoints(run / "checkpoints", config.keep)
         progress = checkpoints.newest_sound()
@@ -143,9 +153,18 @@ def _refuse_other_features(data: Dataset, run: Path) -> None:
         )
 
 
+def _refuse_unknown_feature(tracking: TrackingConfig, schema: FeatureSchema) -> None:
+    names = [feature.name for feature in schema.sparse]
+    if tracking.tensorboard_projector and tracking.tensorboard_projector not in names:
+        raise UserError(
+            f"--tensorboard-projector: there is no sparse feature "
+            f"{tracking.tensorboard_projector!r}. There are {', '.join(names)}."
+        )
+
+
 def _train(trainer: Trainer, listeners: Sequence[Events], trace: Path | None) -> RunResult:
     """Write what a RUN begins with, and train, evaluate and save into it."""
-    run, progress = trainer.run, trainer.progress
+    run, progress, tracking = trainer.run, trainer.progress, trainer.config.tracking
     with environment_faults(f"write to {run.path}"):
         run.path.mkdir(parents=True, exist_ok=True)
         # First of all, so that what was interrupted later can be resumed.
@@ -153,20 +172,30 @@ def _train(trainer: Trainer, listeners: Sequence[Events], trace: Path | None) ->
         (run.path / "checkpoints").mkdir(exist_ok=True)
     copy_description(run.dataset, run.path, run.schema)
     checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
-    with (
-        JsonLines(
-            run.path / "log.jsonl",
-            progress.log_bytes if progress else 0,
-            progress.seconds if progress else 0.0,
-        ) as log,
-        noted_signals() as interruption,
-    ):
-        trainer.interruption = interruption
-        trainer.listeners = (log, *listeners)
-        with Saver(
-            checkpoints, log.flush, progress.position.total_steps if progress else None
-        ) as saver:
-            trainer.save_into(saver, log)
+    step = progress.position.total_steps if progress else None
+    with contextlib.ExitStack() as opened:
+        seconds = progress.seconds if progress else 0.0
+        size = progress.log_bytes if progress else 0
+        log = opened.enter_context(JsonLines(run.path / "log.jsonl", size, seconds))
+        mlperf_log = None
+        own: list[Events] = [log]
+        if tracking.mlperf_logging:
+            size = progress.mlperf_log_bytes if progress else 0
+            began = time.time() - trainer.seconds
+            mlperf_log = opened.enter_context(MlperfLog(run.path / "mlperf.log", size, began))
+            own.append(mlperf_log)
+        if tracking.tensorboard:
+            own.append(opened.enter_context(TensorBoard(run, trainer.data, step)))
+
+        def flush_logs() -> None:
+            log.flush()
+            if mlperf_log:
+                mlperf_log.flush()
+
+        trainer.interruption = opened.enter_context(noted_signals())
+        trainer.listeners = (*own, *listeners)
+        with Saver(checkpoints, flush_logs, step) as saver:
+            trainer.save_into(saver, log, mlperf_log)
             if trace is None:
                 trainer.fit()
             else:

@@ -24,6 +24,7 @@ class Meter:
         self._samples = metered.samples
         self._steps = metered.steps
         self._seconds = metered.seconds
+        self._data_wait_seconds = metered.data_wait_seconds
         self._since = 0.0
 
     def go_on(self) -> None:
@@ -38,7 +39,13 @@ class Meter:
 
     def state(self) -> Metered:
         """Return what was added, and the time up to the last pause."""
-        return Metered(self._loss.item(), self._samples, self._steps, self._seconds)
+        return Metered(
+            self._loss.item(), self._samples, self._steps, self._seconds, self._data_wait_seconds
+        )
+
+    def waited(self, seconds: float) -> None:
+        """Count time that was spent waiting for data."""
+        self._data_wait_seconds += seconds
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         """Count a step: its mean loss, a scalar, and its rows."""
@@ -46,13 +53,13 @@ class Meter:
         self._samples += samples
         self._steps += 1
 
-    def read(self) -> tuple[float, int, int, float]:
-        """Return mean loss, samples, steps and seconds, and start anew."""
+    def read(self) -> tuple[float, int, int, float, float]:
+        """Return mean loss, samples, steps, seconds and those without data, and start anew."""
         self.pause()
         loss = self._loss.item() / self._samples
-        read = (loss, self._samples, self._steps, self._seconds)
+        read = (loss, self._samples, self._steps, self._seconds, self._data_wait_seconds)
         self._loss.zero_()
         self._samples = self._steps = 0
-        self._seconds = 0.0
+        self._seconds = self._data_wait_seconds = 0.0
         self.go_on()
         return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shlex
@@ -22,7 +23,7 @@ from dlrm.checkpoint import (
     load_weights,
     read_info,
 )
-from dlrm.config import differences
+from dlrm.config import TrackingConfig, differences
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
 from dlrm.device import random_state, set_random_state
@@ -38,16 +39,29 @@ from dlrm.runs import (
 )
 from dlrm.schema import Split
 from dlrm.trace import part, waiting
-from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
+from dlrm.training.events import (
+    TARGET_REACHED,
+    Evaluation,
+    Events,
+    Finish,
+    JsonLines,
+    Report,
+    Start,
+    Stop,
+)
 from dlrm.training.interruption import InterruptedNow, Interruption
 from dlrm.training.meter import Meter
+from dlrm.training.mlperf import MlperfLog
 from dlrm.training.optimizer import Optimizer, learning_rate
 from dlrm.training.saving import Metered, Progress, Saver, first_not_finite, tensors_of
 from dlrm.training.step import choose_step
 
 logger = logging.getLogger("dlrm")
 
-_NOT_TRAINING = ("--save-every-steps", "--save-every-minutes", "--keep")
+_NOT_TRAINING = (
+    *("--save-every-steps", "--save-every-minutes", "--keep"),
+    *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrackingConfig)),
+)
 """Options that change no result."""
 
 
@@ -157,15 +171,22 @@ class Trainer:
                 )
         set_random_state(self.device, progress.random_state)
 
-    def save_into(self, saver: Saver, log: JsonLines) -> None:
+    @property
+    def seconds(self) -> float:
+        """Since the run began, interruptions left out."""
+        return time.perf_counter() - self._started
+
+    def save_into(self, saver: Saver, log: JsonLines, mlperf_log: MlperfLog | None) -> None:
         """Save checkpoints while training, beside those that nobody asked for: there is no other.
 
         Args:
             saver: Writes them.
             log: Its size is noted in each.
+            mlperf_log: The same; None: it is not written.
         """
         self._saver = saver
         self._log = log
+        self._mlperf_log = mlperf_log
         self._saved_at = time.monotonic()
 
     def fit(self) -> None:
@@ -180,6 +201,7 @@ class Trainer:
             self.position,
             self.steps_per_epoch,
             self.train_rows,
+            self._evaluation_rows(),
             self.step.kernels,
             self.step.reason,
             resumed=self.progress is not None,
@@ -200,6 +222,8 @@ class Trainer:
                 first_batch=self.position.step,
                 num_batches=self.steps_per_epoch - self.position.step,
             )
+            for listener in self.listeners:
+                listener.on_pass_start(self.position)
             with contextlib.closing(batches):
                 self._train_on(batches)
             self._end_epoch()
@@ -207,6 +231,11 @@ class Trainer:
         self._save_last()
         for listener in self.listeners:
             listener.on_stop(Stop(self.position, self.stopped))
+
+    def _evaluation_rows(self) -> int:
+        rows, config = self.data.rows(self.config.selection_split), self.config
+        limit = config.num_batches * config.evaluation_batch_size
+        return min(rows, limit) if limit else rows
 
     def _end_epoch(self) -> None:
         """Count a pass that is complete."""
@@ -218,7 +247,7 @@ class Trainer:
         config, meter = self.config, self._meter
         watched = self.device.type == "cpu"  # elsewhere a look at a loss would wait for the device
         meter.go_on()
-        for batch in waiting(batches, "wait for data"):
+        for batch in waiting(batches, "wait for data", meter.waited):
             position = self.position
             self.position = position = replace(
                 position, step=position.step + 1, total_steps=position.total_steps + 1
@@ -320,7 +349,7 @@ class Trainer:
             train_samples=self.train_samples,
             train_steps=self.position.total_steps - self.first_step,
             samples_per_second=self.train_samples / max(self.train_seconds, 1e-9),
-            seconds=time.perf_counter() - self._started,
+            seconds=self.seconds,
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint=which,
             stopped=self.stopped,
@@ -335,6 +364,9 @@ class Trainer:
             skipped_steps=self.step.skipped_steps,
         )
         run.write_result(result)
+        finish = Finish(self.position, result, self.model)
+        for listener in self.listeners:
+            listener.on_finish(finish)
         return result
 
     def draw_weights(self) -> None:
@@ -424,7 +456,7 @@ class Trainer:
         )
 
     def _report(self, rate: float) -> None:
-        loss, samples, steps, seconds = self._meter.read()
+        loss, samples, steps, seconds, data_wait_seconds = self._meter.read()
         self.train_loss = loss
         self.train_samples += samples
         self.train_seconds += seconds
@@ -441,6 +473,7 @@ class Trainer:
             self.steps_per_epoch,
             loss,
             1000 * seconds / steps,
+            1000 * data_wait_seconds / steps,
             samples / seconds,
             rate,
         )
@@ -499,7 +532,7 @@ class Trainer:
             ("accuracy", metrics.accuracy, self.config.target_accuracy),
         ):
             if target and value >= target:
-                self.stopped = f"target reached: {name} {value:.6f} ≥ {target}"
+                self.stopped = f"{TARGET_REACHED}: {name} {value:.6f} ≥ {target}"
         self._save()
 
     def _save(self, *, wait: bool = False) -> EnvironmentFaultError | None:
@@ -547,12 +580,13 @@ class Trainer:
             train_loss=self.train_loss if math.isfinite(self.train_loss) else None,
             train_samples=self.train_samples,
             train_seconds=self.train_seconds,
-            seconds=time.perf_counter() - self._started,
+            seconds=self.seconds,
             skipped_steps=self.step.skipped_steps,
             stopped=self.stopped,
             evaluation_due=self._evaluation_due,
             log_bytes=self._log.size,
             machine=self._machine,
+            mlperf_log_bytes=self._mlperf_log.size if self._mlperf_log else 0,
         )
 
     def _describe_machine(self) -> dict[str, str | int]:
