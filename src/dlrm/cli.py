@@ -175,8 +175,8 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
+        from dlrm.training.begin import resume, train
         from dlrm.training.events import Console
-        from dlrm.training.trainer import resume, train
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)
@@ -206,13 +206,14 @@ class Run:
     """From raw rows to a trained, evaluated model and its predictions.
 
     Prepares SOURCE into a DATASET, trains and evaluates into RUN, and where a test.txt lies beside
-    train.txt, predicts it into RUN/submission.csv. A plan is printed first.
+    train.txt, predicts it into RUN/submission.csv. A plan is printed first. Interrupted, the same
+    command goes on where it stopped.
     """
 
     source: tyro.conf.Positional[Path]
     """Criteo's train.txt, or a folder that holds it and maybe test.txt."""
     run: tyro.conf.Positional[Path]
-    """The folder to make."""
+    """The folder to make, or to go on with."""
     options: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config: Path | None = None
     """A TOML file with defaults for all training options."""

@@ -85,6 +85,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name that was read leads to something in the very folder it is put after."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, replacing what had it; a copy where there are no hard links."""
     temporary = target.with_name(f".{target.name}.partial")

@@ -28,6 +28,7 @@ from dlrm.files import (
     atomic_write,
     environment_faults,
     flush_folder,
+    is_plain_name,
     link_or_copy,
     locked,
     read_json,
@@ -199,7 +200,26 @@ class Dataset:
                 raise UserError(
                     f"{path / 'manifest.json'} has no split {split}. Prepare the dataset again."
                 )
-            for part in manifest.splits[split].parts:
+            stored = manifest.splits[split]
+            rows = sum(part.rows for part in stored.parts)
+            if stored.rows != rows:
+                raise UserError(
+                    f"{path / 'manifest.json'}: expected {stored.rows} rows in the {split} split, "
+                    f"got {rows}. Prepare the dataset again."
+                )
+            for part in stored.parts:
+                folder, _, name = part.file.partition("/")
+                # Rows are stored uncompressed, so that there are no more than fit into the file.
+                if (
+                    folder != split
+                    or not is_plain_name(name)
+                    or not 0 <= part.rows * row_bytes(schema) <= part.bytes
+                ):
+                    raise UserError(
+                        f"{path / 'manifest.json'} is damaged: {part.file!r} with {part.rows} rows "
+                        f"in {part.bytes} bytes cannot be a part of {split}. Prepare the dataset "
+                        "again."
+                    )
                 file = path / part.file
                 size = file.stat().st_size if file.is_file() else None
                 if size != part.bytes:
@@ -235,9 +255,15 @@ class Dataset:
             num_batches: Stop after so many batches; 0: at the end of the split.
 
         Raises:
-            UserError: A part is missing or damaged.
+            UserError: A part is missing or damaged, or the schema is that of other tables.
             EnvironmentFaultError: The disk fails.
         """
+        for ours, theirs in zip(self.schema.sparse, (schema or self.schema).sparse, strict=True):
+            if not theirs.takes_ids_below(ours.num_embeddings):
+                raise UserError(
+                    f"{self.path} has {ours.num_embeddings} ids of {ours.name}, and the model a "
+                    f"table of {theirs.num_embeddings} rows: they do not belong together."
+                )
         first = first_batch * mini_batch_size
         last = self.rows(split)
         if num_batches:
