@@ -24,6 +24,7 @@ import tyro
 
 from dlrm.config import (
     Amp,
+    BaselineConfig,
     BenchTrainConfig,
     DeviceKind,
     PrepareConfig,
@@ -201,6 +202,28 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Train a logistic regression or gradient-boosted trees on a DATASET, to compare with.
+
+    On the same splits, with the metrics and predictions of `dlrm train`, so that `dlrm compare`
+    and `dlrm report` show what a DLRM adds. The number of passes or trees is chosen on validation;
+    test is looked at once. RUN appears when it is complete. The model itself is not kept.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """What `dlrm prepare` made."""
+    run: Path
+    """The folder to make."""
+    options: Annotated[BaselineConfig, tyro.conf.arg(name="")]
+
+    def execute(self) -> None:
+        """Train and print the result."""
+        from dlrm.baselines.training import train_baseline
+
+        _print_json(train_baseline(self.dataset, self.run, self.options))
+
+
+@dataclass(frozen=True)
 class Run:
     """From raw rows to a trained, evaluated model and its predictions.
 
@@ -351,6 +374,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "prepare": (Prepare, "turn raw rows into a DATASET"),
     "inspect": (Inspect, "show what is in a DATASET"),
     "train": (Train, "train a model on a DATASET, and evaluate it"),
+    "baseline": (Baseline, "train a logistic regression or trees to compare with"),
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
     "predict": (Predict, "predict the click probability of raw rows"),
