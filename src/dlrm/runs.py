@@ -106,6 +106,23 @@ class AnyRun:
         except (msgspec.ValidationError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
 
+    def log(self) -> list[dict[str, Any]]:
+        """Read the events of ``log.jsonl`` in their order; none where there is no log.
+
+        Raises:
+            UserError: A line other than the last is damaged.
+        """
+        path = self.path / "log.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        events: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                events.append(msgspec.json.decode(line, type=dict[str, Any]))
+            except msgspec.MsgspecError as error:
+                if number < len(lines):  # the last was cut off with its process
+                    raise UserError(f"{path} is damaged in line {number}: {error}.") from error
+        return events
+
     def predictions(self, split: Split) -> Predictions:
         """Open ``predictions/SPLIT.arrow``.
 

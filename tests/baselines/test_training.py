@@ -1,4 +1,3 @@
-import json
 import logging
 import math
 import sys
@@ -88,7 +87,8 @@ def test_predictions_are_those_the_metrics_are_of(
 
 def test_the_round_with_the_lowest_validation_loss_is_kept(made: tuple[Path, RunResult]) -> None:
     run, result = made
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    start, *events = open_run(run).log()
+    assert start["train_rows"] == result.train_samples / result.train_steps
     losses = [event["validation_log_loss"] for event in events[:-1]]
     assert len(losses) == result.train_steps
     best = int(np.argmin(losses)) + 1

@@ -142,6 +142,8 @@ def _train(
         line = {"event": event, "seconds": round(time.perf_counter() - started, 3)} | content
         log.extend(msgspec.json.encode(line) + b"\n")
 
+    note("start", {"train_rows": rows})
+
     with progress(f"train {config.model}", _most_rounds(config), unit=model.round_name) as bar:
 
         def on_round(number: int, loss: float) -> None:
