@@ -158,4 +158,4 @@ def test_evaluate_refuses_another_dataset_by_fingerprint(
 
 def test_evaluate_covers_the_training_split_too(run: Path) -> None:
     result = evaluate(run, "train")
-    assert result.metrics.samples == len(result.probabilities) > 2500
+    assert result.metrics.samples > 2500

@@ -269,6 +269,10 @@ class Evaluate:
     """Which card of that kind."""
     amp: Amp | None = None
     """Mixed precision (see dlrm train); None: as in training."""
+    evaluation_memory: str | None = None
+    """The most memory that the metrics take (see dlrm train); None: as in training."""
+    decision_threshold: float | None = None
+    """Of precision, recall and F1 (see dlrm train); None: as in training."""
 
     def execute(self) -> None:
         """Evaluate and print the metrics."""
@@ -282,6 +286,8 @@ class Evaluate:
             device=self.device,
             local_rank=self.local_rank,
             amp=self.amp,
+            evaluation_memory=self.evaluation_memory,
+            decision_threshold=self.decision_threshold,
         )
         _print_json(
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -27,11 +28,33 @@ Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
 Amp = Literal["O0", "O1"]
 
+MINIMUM_MEMORY = 32 << 20
+"""Of evaluation, in bytes."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size_bytes(text: str, option: str) -> int:
+    """Return a number of bytes given as text: 2GiB, 1536 MiB, 4G.
+
+    Args:
+        text: The size.
+        option: The flag that it was given with, for the message.
+
+    Raises:
+        UserError: It is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(?:iB|B)?\s*", text, re.I)
+    if not match:
+        raise UserError(f"{option}: expected a size such as 2GiB or 1536MiB, got {text!r}.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _require_types(config: Any) -> None:
@@ -262,6 +285,11 @@ class TrainConfig:
     """Rows a step."""
     evaluation_batch_size: int = 16384
     """Rows a batch in evaluation."""
+    evaluation_memory: str = "512MiB"
+    """The most memory that the metrics of an evaluation take, at 4 bytes a row; at least 32MiB.
+    What is beyond is sorted on disk, in RUN."""
+    decision_threshold: float = 0.5
+    """Precision, recall and F1 count a row as predicted to click above this probability."""
     test_freq: int = 0
     """Evaluate every so many steps of an epoch and at its end; 0: at its end only; -1: not before
     training has ended."""
@@ -321,6 +349,14 @@ class TrainConfig:
         for name in ("target_auc", "target_accuracy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
+        require(
+            size_bytes(self.evaluation_memory, "--evaluation-memory") >= MINIMUM_MEMORY,
+            f"--evaluation-memory must be at least 32MiB; got {self.evaluation_memory}",
+        )
+        require(
+            0 <= self.decision_threshold <= 1,
+            f"--decision-threshold must be in 0 … 1; got {self.decision_threshold}",
+        )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
 

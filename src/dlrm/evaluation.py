@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from dlrm.config import Amp, DeviceKind, TrainConfig
+from dlrm.config import Amp, DeviceKind, TrainConfig, size_bytes
 from dlrm.data.dataset import Dataset
 from dlrm.device import open_device
 from dlrm.errors import UserError
-from dlrm.metrics import Metrics, compute_metrics
+from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.model.dlrm import DLRM
-from dlrm.model.score import score
+from dlrm.model.score import Scorer
+from dlrm.predictions import PredictionsWriter
 from dlrm.progress import progress
 from dlrm.runs import Run, Which
 from dlrm.schema import SPLITS, FeatureSchema, Split
@@ -26,10 +26,6 @@ class SplitResult:
     """How a model does on a split."""
 
     metrics: Metrics
-    labels: npt.NDArray[np.float32]
-    """(rows of the split,), in stored order."""
-    probabilities: npt.NDArray[np.float32]
-    """(rows of the split,), in stored order."""
     unknown_ids: int
     """Bags that were empty because their value was never seen."""
 
@@ -42,16 +38,25 @@ def evaluate_split(
     config: TrainConfig,
     *,
     num_batches: int = 0,
+    folder: Path | None = None,
+    predictions: PredictionsWriter | None = None,
 ) -> SplitResult:
-    """Score a split of a DATASET and compute its metrics.
+    """Score a split of a DATASET and compute its metrics, in one pass and limited memory.
 
     Args:
         model: On any device.
         data: The DATASET.
         split: Which of its splits.
         schema: The run's, which can differ from the dataset's in its id modulus.
-        config: Batch size, mixed precision, and the loss whose threshold clamps probabilities.
+        config: Batch size, mixed precision, the loss whose threshold clamps probabilities, and the
+            metrics' memory and threshold.
         num_batches: Score the first so many batches; 0: all.
+        folder: Where scores go that are beyond that memory; None: the folder for temporary files.
+        predictions: Given every row's label and probability.
+
+    Raises:
+        UserError: A part of the DATASET is damaged.
+        EnvironmentFaultError: The disk is full or fails.
     """
     batches = data.batches(
         split, config.evaluation_batch_size, schema=schema, num_batches=num_batches
@@ -59,9 +64,23 @@ def evaluate_split(
     count = math.ceil(data.rows(split) / config.evaluation_batch_size)
     count = min(count, num_batches) if num_batches else count
     shown = progress(f"evaluate {split}", count, batches, unit="batches")
-    scored = score(model, shown, config.loss, config.amp)
-    metrics = compute_metrics(scored.labels, scored.probabilities)
-    return SplitResult(metrics, scored.labels, scored.probabilities, scored.unknown_ids)
+    scorer = Scorer(model, config.loss, config.amp)
+    memory = size_bytes(config.evaluation_memory, "--evaluation-memory")
+    unknown_ids = 0
+    with (
+        contextlib.closing(batches),
+        MetricsAccumulator(
+            memory=memory, folder=folder, threshold=config.decision_threshold
+        ) as accumulator,
+    ):
+        for batch in shown:
+            assert batch.labels is not None
+            labels, probabilities = batch.labels.numpy(), scorer(batch)
+            accumulator.add(labels, probabilities)
+            if predictions:
+                predictions.add(labels, probabilities)
+            unknown_ids += batch.unknown_ids
+        return SplitResult(accumulator.metrics(), unknown_ids)
 
 
 def evaluate(
@@ -73,6 +92,8 @@ def evaluate(
     device: DeviceKind = "cpu",
     local_rank: int = 0,
     amp: Amp | None = None,
+    evaluation_memory: str | None = None,
+    decision_threshold: float | None = None,
 ) -> SplitResult:
     """Evaluate a checkpoint of a RUN on any split of its DATASET.
 
@@ -84,6 +105,8 @@ def evaluate(
         device: Where to compute.
         local_rank: Which card of that kind.
         amp: Whether matrices are multiplied in lower precision; None: as in training.
+        evaluation_memory: The most that the metrics take, as "512MiB"; None: as in training.
+        decision_threshold: Of precision, recall and F1; None: as in training.
 
     Raises:
         UserError: There is no such split, or the run, its checkpoint or the dataset is missing,
@@ -101,5 +124,11 @@ def evaluate(
             "with --dataset, or prepare it again with the same options."
         )
     model = opened.load_model(checkpoint, open_device(device, local_rank))
-    config = opened.config if amp is None else replace(opened.config, amp=amp)
-    return evaluate_split(model, data, split, opened.schema, config)
+    given: dict[str, Any] = {
+        "amp": amp,
+        "evaluation_memory": evaluation_memory,
+        "decision_threshold": decision_threshold,
+    }
+    changed = {name: value for name, value in given.items() if value is not None}
+    config = replace(opened.config, **changed)
+    return evaluate_split(model, data, split, opened.schema, config, folder=opened.path)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from dlrm.config import Amp, DeviceKind, TrainConfig
+from dlrm.config import Amp, DeviceKind, TrainConfig, size_bytes
 from dlrm.data import criteo
 from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
@@ -21,7 +21,7 @@ from dlrm.data.vocabulary import Encoder
 from dlrm.device import open_device
 from dlrm.errors import UserError
 from dlrm.files import atomic_write
-from dlrm.metrics import Metrics, compute_metrics
+from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.model.dlrm import DLRM
 from dlrm.model.score import Scorer
 from dlrm.progress import progress
@@ -171,11 +171,17 @@ def predict_file(
         raise UserError(f"--first-id must not be negative; got {first_id}.")
     if output.exists() and output.samefile(source):
         raise UserError(f"{output} is the input too. Choose another output.")
-    labels: list[npt.NDArray[np.uint8]] = []
-    scores = [np.zeros(0, np.float32)]
     unknown = np.zeros(len(predictor.schema.sparse), np.int64)
     rows = 0
-    with atomic_write(output) as file:
+    config = predictor.config
+    memory = size_bytes(config.evaluation_memory, "--evaluation-memory")
+    with (
+        atomic_write(output) as file,
+        MetricsAccumulator(
+            memory=memory, folder=output.parent, threshold=config.decision_threshold
+        ) as accumulator,
+    ):
+        labelled = False
         schema = pa.schema([("Id", pa.int64()), ("Predicted", pa.float32())])
         options = pa.csv.WriteOptions(quoting_style="none", include_header=False)
         file.write(b"Id,Predicted\n")
@@ -192,9 +198,9 @@ def predict_file(
                 rows += len(probabilities)
                 unknown += unknown_in_block
                 if block.labels is not None:
-                    labels.append(block.labels)
-                    scores.append(probabilities)
-    metrics = compute_metrics(np.concatenate(labels), np.concatenate(scores)) if labels else None
+                    labelled = True
+                    accumulator.add(block.labels, probabilities)
+        metrics = accumulator.metrics() if labelled else None
     names = [feature.name for feature in predictor.schema.sparse]
     counted = {name: int(count) for name, count in zip(names, unknown, strict=True) if count}
     if unknown.sum() > rows * len(names) / 2:

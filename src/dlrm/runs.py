@@ -98,10 +98,7 @@ class AnyRun:
         content: dict[str, Any] = read_json(path, dict, "run")
         try:
             # JSON has no NaN, which is what a metric of one-class labels can be.
-            content["metrics"] = {
-                split: {name: math.nan if value is None else value for name, value in each.items()}
-                for split, each in content["metrics"].items()
-            }
+            content["metrics"] = _null_to_nan(content["metrics"])
             return msgspec.convert(content, RunResult)
         except (msgspec.ValidationError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
@@ -202,6 +199,14 @@ def _named(path: Path, dataset: Path | None) -> Path:
     if dataset is None:
         raise UserError(f"{path / 'config.toml'} names no dataset. Name it there.")
     return dataset
+
+
+def _null_to_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _null_to_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_null_to_nan(value) for value in content]
+    return math.nan if content is None else content
 
 
 def peak_memory_bytes() -> int:

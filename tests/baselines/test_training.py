@@ -147,7 +147,7 @@ def test_what_fails_leaves_nothing(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "compute_metrics", fail)
+    monkeypatch.setattr(training, "_evaluate", fail)
     with pytest.raises(KeyboardInterrupt):
         train_baseline(clicks, tmp_path / "r", replace(SMALL["logistic"], passes=1))
     assert list(tmp_path.iterdir()) == []

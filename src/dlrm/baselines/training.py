@@ -19,7 +19,7 @@ from dlrm.data.dataset import Dataset, in_blocks
 from dlrm.device import available_memory
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.files import atomic_write, environment_faults, flush_folder, locked
-from dlrm.metrics import Metrics, compute_metrics
+from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.progress import progress
 from dlrm.runs import AnyRun, RunResult, hardware, peak_memory_bytes, versions
 from dlrm.schema import Split, write_schema
@@ -197,13 +197,15 @@ def _evaluate(
     model: BaselineModel, data: Dataset, run: AnyRun, split: Split
 ) -> tuple[Metrics, int]:
     """Score a split into RUN/predictions; return its metrics and how many ids are unknown."""
-    labels, scores, unknown = [], [], 0
+    unknown = 0
     rows = data.stored_rows(split, 0, data.rows(split))
-    with run.write_predictions(split, data.manifest.fingerprint) as predictions:
+    with (
+        MetricsAccumulator(folder=run.path) as accumulator,
+        run.write_predictions(split, data.manifest.fingerprint) as predictions,
+    ):
         for block in in_blocks(rows, _SCORED_ROWS):
             probabilities = model.probabilities(block)
             predictions.add(block.labels, probabilities)
-            labels.append(block.labels)
-            scores.append(probabilities)
+            accumulator.add(block.labels, probabilities)
             unknown += int(np.count_nonzero(block.sparse < 0))
-    return compute_metrics(np.concatenate(labels), np.concatenate(scores)), unknown
+        return accumulator.metrics(), unknown

@@ -17,7 +17,6 @@ import dataclasses
 import logging
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dlrm.config import PrepareConfig, complete
+from dlrm.config import PrepareConfig, complete, size_bytes
 from dlrm.data import criteo
 from dlrm.data.arranging import Arranger, Runs
 from dlrm.data.dataset import (
@@ -85,7 +84,6 @@ _WORKER_BYTES = 200 << 20
 """What making one run or part takes, about."""
 _PARSING_BYTES = 200 << 20
 """Of what is reserved: what blocks take that are being parsed."""
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _RUNS = 64
 _MOST_SEGMENTS_PER_RUN = 4
 
@@ -175,12 +173,7 @@ def memory_bytes(memory: int | str) -> int:
         UserError: It is neither, or less than 1 GiB.
     """
     if isinstance(memory, str):
-        match = re.fullmatch(
-            r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(?:iB|B)?\s*", memory, re.I
-        )
-        if not match:
-            raise UserError(f"--memory: expected a size such as 2GiB or 1536MiB, got {memory!r}.")
-        memory = int(float(match[1]) * _UNITS[match[2].upper()])
+        memory = size_bytes(memory, "--memory")
     if memory < MINIMUM_MEMORY:
         raise UserError(
             f"--memory must be at least 1GiB, which preparation needs; got {memory} bytes."

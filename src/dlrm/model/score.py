@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -52,29 +49,3 @@ class Scorer:
         finally:
             self._model.train(training)
         return logits
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a model says of labelled rows."""
-
-    labels: npt.NDArray[np.float32]
-    """(n,), zeros and ones."""
-    probabilities: npt.NDArray[np.float32]
-    """(n,)."""
-    unknown_ids: int
-    """Bags that were empty because their value was never seen."""
-
-
-def score(model: DLRM, batches: Iterable[Batch], loss: LossConfig, amp: Amp = "O0") -> Scored:
-    """Score labelled batches, without dropout."""
-    scorer = Scorer(model, loss, amp)
-    labels = [np.zeros(0, np.float32)]
-    scores = [np.zeros(0, np.float32)]
-    unknown_ids = 0
-    for batch in batches:
-        assert batch.labels is not None
-        labels.append(batch.labels.numpy())
-        scores.append(scorer(batch))
-        unknown_ids += batch.unknown_ids
-    return Scored(np.concatenate(labels), np.concatenate(scores), unknown_ids)

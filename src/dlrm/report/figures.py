@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from dlrm.metrics import QUANTILE
 from dlrm.report.curves import Curve
 
 WIDTH = 360
@@ -290,7 +291,7 @@ def wilson_interval(
     rates: npt.NDArray[np.float64], samples: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the 95% interval of a rate of so many samples (Wilson, 1927)."""
-    z = 1.959963984540054
+    z = QUANTILE
     middle = (rates + z * z / (2 * samples)) / (1 + z * z / samples)
     half = np.sqrt(rates * (1 - rates) / samples + (z / (2 * samples)) ** 2)
     half *= z / (1 + z * z / samples)

@@ -254,7 +254,7 @@ def _headline(subject: _Subject, truth: Truth | None) -> str:
     test = subject.test
     if math.isnan(test.auc):
         return f"This {subject.kind} was tested on {test.samples:,} rows; its AUC is undefined."
-    text = f"This {subject.kind} has a test AUC of {test.auc:.4f}"
+    text = f"This {subject.kind} has a test AUC of {_with_interval(test.auc, test.auc_interval)}"
     if truth and truth.test.auc is not None:
         text += f", where {truth.test.auc:.4f} is the best possible"
     return text + "."
@@ -272,9 +272,9 @@ def _facts(subject: _Subject, truth: Truth | None) -> list[str]:
     if not math.isnan(test.normalized_entropy):
         change = 1 - test.normalized_entropy
         facts.append(
-            f"Its log loss is {test.log_loss:.4f}, {abs(change):.1%} "
-            f"{'below' if change >= 0 else 'above'} that of predicting the same click rate for "
-            "every row."
+            f"Its log loss is {_with_interval(test.log_loss, test.log_loss_interval)}, "
+            f"{abs(change):.1%} {'below' if change >= 0 else 'above'} that of predicting the same "
+            "click rate for every row."
         )
     if not math.isnan(test.calibration):
         clicks = int(subject.labels.sum())
@@ -290,6 +290,13 @@ def _facts(subject: _Subject, truth: Truth | None) -> list[str]:
     if truth and not math.isnan(test.auc):
         facts.append(" ".join(distance_to_best(test, truth)))
     return facts
+
+
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    if math.isnan(low):
+        return _number(value)
+    return f"{value:.4f} (95% interval {low:.4f} to {high:.4f})"
 
 
 _METRIC_NAMES = {
@@ -311,6 +318,10 @@ def _metrics_table(result: RunResult) -> Table:
         (text, *(_number(getattr(result.metrics[split], name), 6) for split in splits))
         for name, text in _METRIC_NAMES.items()
     ]
+    for name, text in (("auc", "ROC AUC"), ("log_loss", "log loss")):
+        intervals = (getattr(result.metrics[split], f"{name}_interval") for split in splits)
+        cells = (f"{_number(low)} to {_number(high)}" for low, high in intervals)
+        rows.append((f"{text}, 95% interval", *cells))
     rows.append(("rows", *(f"{result.metrics[split].samples:,}" for split in splits)))
     rows.append(("ids never seen in training", *(f"{result.unknown_ids[s]:,}" for s in splits)))
     return Table(("metric", *splits), tuple(rows))
@@ -462,7 +473,7 @@ def _curves(subject: _Subject, others: Sequence[_Subject]) -> list[Shown]:
             _table_of_curve(("recall", "precision"), curves.precision_recall),
             "The numbers are average precisions.",
         ),
-        _calibration(subject),
+        *([_calibration(subject)] if test.calibration_by_decile else []),
         _histogram(curves, test),
     ]
 
@@ -473,26 +484,26 @@ def _with(name: str, value: float) -> str:
 
 def _calibration(subject: _Subject) -> Shown:
     """Return the figure of predicted and observed clicks by tenths of the rows."""
-    order = np.argsort(subject.probabilities, kind="stable")
-    groups = [group for group in np.array_split(order, 10) if len(group)]
-    predicted = np.array([subject.probabilities[g].mean(dtype=np.float64) for g in groups])
-    observed = np.array([subject.labels[g].mean(dtype=np.float64) for g in groups])
-    samples = np.array([len(group) for group in groups])
+    deciles = subject.test.calibration_by_decile
+    samples = np.array([decile.samples for decile in deciles])
     drawing = draw_calibration(
         "calibration",
         "Calibration, test",
         "Click rate over mean predicted probability, by tenths of the rows from the lowest to the "
         f"highest probability. Over all rows the ratio of predicted to observed clicks is "
         f"{subject.test.calibration:.4f}.",
-        predicted,
-        observed,
+        np.array([decile.predicted for decile in deciles]),
+        np.array([decile.observed for decile in deciles]),
         samples,
     )
     rows = tuple(
-        (str(number), f"{count:,}", f"{p:.4f}", f"{o:.4f}")
-        for number, (count, p, o) in enumerate(
-            zip(samples, predicted, observed, strict=True), start=1
+        (
+            str(decile.decile),
+            f"{decile.samples:,}",
+            f"{decile.predicted:.4f}",
+            f"{decile.observed:.4f}",
         )
+        for decile in deciles
     )
     least, most = f"{samples.min():,}", f"{samples.max():,}"
     return Shown(
@@ -527,7 +538,7 @@ def _importances(
     if not isinstance(run, Run):
         return None, "the model of a baseline is not kept"
     if not rows:
-        return None, "it was not asked for (--importance-rows 0)"
+        return None, f"that takes longer than all the rest; `dlrm report {run.path}` does it"
     if data is None:
         return None, missing
     which = subject.result.checkpoint

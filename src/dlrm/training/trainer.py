@@ -9,6 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
 from dlrm.files import environment_faults, locked
 from dlrm.model.dlrm import DLRM, initialize
+from dlrm.predictions import PredictionsWriter
 from dlrm.runs import (
     Run,
     RunResult,
@@ -61,7 +63,7 @@ from dlrm.training.step import choose_step
 
 logger = logging.getLogger("dlrm")
 
-_NOT_TRAINING = ("--save-every-steps", "--save-every-minutes", "--keep")
+_NOT_TRAINING = ("--save-every-steps", "--save-every-minutes", "--keep", "--evaluation-memory")
 """Options that change no result."""
 
 
@@ -309,8 +311,9 @@ class Trainer:
         self.train_loss = math.nan
         self._evaluation_due = False
         self._machine = self._describe_machine()
-        # The newest evaluation and the step it was made at, so that the last is not made twice.
-        self._evaluated: tuple[int, SplitResult] | None = None
+        # The newest evaluation, the step it was made at, and whether predictions were written, so
+        # that the last is not made twice.
+        self._evaluated: tuple[int, SplitResult, bool] | None = None
         self._meter = _Meter(device, progress.metered if progress else Metered())
         if progress:
             self._restore(progress)
@@ -502,9 +505,7 @@ class Trainer:
         results: dict[str, SplitResult] = {}
         splits: tuple[Split, ...] = ("validation", "test")
         for split in splits:
-            results[split] = self._evaluate(split)
-            with run.write_predictions(split, self.data.manifest.fingerprint) as predictions:
-                predictions.add(results[split].labels, results[split].probabilities)
+            results[split] = self._evaluate(split, write=True)
         result = RunResult(
             epochs=self.position.epoch + self.position.step / self.steps_per_epoch,
             train_samples=self.train_samples,
@@ -637,35 +638,56 @@ class Trainer:
         for listener in self.listeners:
             listener.on_report(report)
 
-    def _evaluate(self, split: Split) -> SplitResult:
+    def _evaluate(self, split: Split, *, write: bool) -> SplitResult:
+        """Evaluate a split, unless that was done, and maybe write its predictions."""
         evaluated = self._evaluated
         if (
             evaluated
             and split == self.config.selection_split
             and evaluated[0] == self.position.total_steps
+            and evaluated[2] >= write
         ):
             return evaluated[1]
-        return evaluate_split(
-            self.model,
-            self.data,
-            split,
-            self.run.schema,
-            self.config,
-            num_batches=self.config.num_batches,
-        )
+        writing: AbstractContextManager[PredictionsWriter | None] = contextlib.nullcontext()
+        if write:
+            writing = self.run.write_predictions(split, self.data.manifest.fingerprint)
+        with writing as predictions:
+            return evaluate_split(
+                self.model,
+                self.data,
+                split,
+                self.run.schema,
+                self.config,
+                num_batches=self.config.num_batches,
+                folder=self.run.path,
+                predictions=predictions,
+            )
 
     def _evaluate_and_save(self) -> None:
         for listener in self.listeners:
             listener.on_evaluation_start(self.position, self.steps_per_epoch)
         self._evaluation_due = True
+        # What is likely to be the run's result, so that it is not evaluated once more.
+        is_last = bool(self.stopped) or (
+            self.position.step == self.steps_per_epoch
+            and self.position.epoch + 1 == self.config.epochs
+        )
         try:
             with self.interruption.at_once():
-                result = self._evaluate(self.config.selection_split)
+                try:
+                    result = self._evaluate(self.config.selection_split, write=is_last)
+                except EnvironmentFaultError:
+                    if not is_last:
+                        raise
+                    # The disk may be full. First what was trained is saved; at the end predictions
+                    # are tried again.
+                    is_last = False
+                    result = self._evaluate(self.config.selection_split, write=False)
         except InterruptedNow:
             raise self._stopped_by_signal() from None
         self._look_at_saver(wait=True)  # whether the best so far is saved
         self._evaluation_due = False
-        self._evaluated = (self.position.total_steps, result)
+        self._evaluated = (self.position.total_steps, result, is_last)
         metrics = result.metrics
         is_best = not metrics.auc <= self.best_auc  # an undefined AUC (one class) counts as new
         if is_best:
