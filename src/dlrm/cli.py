@@ -300,6 +300,50 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Tell whether runs differ beyond noise, from their predictions of the same rows.
+
+    `dlrm compare A B` compares two runs, and with more the first with each of the others; `dlrm
+    compare A1 A2 A3 --against B1 B2 B3` compares two recipes of which several seeds were trained.
+    Differences "on these rows" are of these very models. The verdict is about recipes: whether the
+    difference is beyond what another seed would give; it takes three seeds of each or more, or
+    --seed-noise. Beside it, what differs in the configurations, and the loss curves.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN…")] = ()
+    """What `dlrm train` made."""
+    against: tuple[Path, ...] = ()
+    """Runs of another recipe; RUNS are then seeds of one recipe."""
+    split: Literal["validation", "test"] = "test"
+    """Whose predictions to compare."""
+    seed_noise: float | None = None
+    """Standard deviation of the AUC over seeds of a recipe, where it is known."""
+    seed_noise_log_loss: float | None = None
+    """The same of the log loss."""
+    same_rows: bool = False
+    """The runs' DATASETs were prepared differently from the same rows in the same order."""
+    json: bool = False
+    """Print JSON, with all steps of the loss curves, instead of tables."""
+
+    def execute(self) -> None:
+        """Compare and print."""
+        from dlrm.comparison import compare, describe
+
+        comparison = compare(
+            self.runs,
+            self.against,
+            split=self.split,
+            seed_noise=self.seed_noise,
+            seed_noise_log_loss=self.seed_noise_log_loss,
+            same_rows=self.same_rows,
+        )
+        if self.json:
+            _print_json(comparison)
+        else:
+            sys.stdout.write(describe(comparison))
+
+
+@dataclass(frozen=True)
 class Predict:
     """Predict the click probability of raw rows.
 
@@ -421,6 +465,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "baseline": (Baseline, "train a logistic regression or trees to compare with"),
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
+    "compare": (Compare, "tell whether runs differ beyond noise"),
     "predict": (Predict, "predict the click probability of raw rows"),
     "report": (Report, "write one HTML page about a run"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),

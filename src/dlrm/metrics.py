@@ -203,10 +203,7 @@ class MetricSums:
         negatives_below = block.negatives_below + np.cumsum(negatives) - negatives
         probabilities = block.probabilities.astype(np.float64)
 
-        # The placement values of DeLong, doubled: of a positive, the negatives below it, and of a
-        # negative, the positives above it; ties count one half.
-        negatives_beaten = 2 * negatives_below + negatives
-        positives_ahead = 2 * (self._positives - positives_below) - positives
+        negatives_beaten, positives_ahead = block.placements(self._positives)
         self._twice_wins += int((positives * negatives_beaten).sum())
         if self._positives and self._negatives:
             self._of_positives.add(negatives_beaten / (2 * self._negatives), positives)
