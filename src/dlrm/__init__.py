@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OptimizerConfig,
         PrepareConfig,
         SynthesizeConfig,
+        TrackingConfig,
         TrainConfig,
     )
     from dlrm.data.prepare import prepare
@@ -45,6 +46,7 @@ __all__ = [
     "OptimizerConfig",
     "PrepareConfig",
     "SynthesizeConfig",
+    "TrackingConfig",
     "TrainConfig",
     "UserError",
     "__version__",

@@ -155,8 +155,9 @@ class Train:
     """Train a model on a DATASET, and evaluate it.
 
     The best checkpoint is chosen on the validation split; test is looked at once, at the end. RUN
-    gets config.toml, log.jsonl, checkpoints/, predictions/ and result.json. Interrupted, even by
-    SIGKILL, `dlrm train --resume RUN` goes on, with the same result bit for bit.
+    gets config.toml, log.jsonl, checkpoints/, predictions/ and result.json, and mlperf.log and
+    tensorboard/ if asked for. Interrupted, even by SIGKILL, `dlrm train --resume RUN` goes on, with
+    the same result bit for bit.
     """
 
     dataset: tyro.conf.Positional[Path | None] = None
@@ -344,6 +345,37 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class MlperfCheck:
+    """Check an MLPerf log with MLCommons' own checker, and explain what it finds.
+
+    The exit status is 0 if the log follows the ruleset, else 2.
+    """
+
+    log: tyro.conf.Positional[Path]
+    """What `dlrm train --mlperf-logging` wrote, RUN/mlperf.log; or the RUN."""
+    ruleset: str = ""
+    """The version of the rules, such as 1.0.0; by default the newest that has the benchmark."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def execute(self) -> None:
+        """Check and print."""
+        from dlrm.mlperf_check import check, describe
+
+        log = self.log / "mlperf.log" if self.log.is_dir() else self.log
+        compliance = check(log, self.ruleset)
+        if self.json:
+            _print_json(compliance)
+        else:
+            sys.stdout.write(describe(compliance))
+        if not compliance.compliant:
+            sys.stdout.flush()
+            raise UserError(
+                f"{log} does not follow ruleset {compliance.ruleset}: see above what is wrong."
+            )
+
+
+@dataclass(frozen=True)
 class Predict:
     """Predict the click probability of raw rows.
 
@@ -466,6 +498,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
     "compare": (Compare, "tell whether runs differ beyond noise"),
+    "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
     "report": (Report, "write one HTML page about a run"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),
@@ -586,7 +619,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:<11} {text}" for verb, (_, text) in _VERBS.items())
+    verbs = "\n".join(f"  {verb:<12} {text}" for verb, (_, text) in _VERBS.items())
     return (
         "usage: dlrm COMMAND [OPTIONS]\n\n"
         "DLRM for PyTorch: from raw click logs to a trained, evaluated model.\n\n"

@@ -273,12 +273,51 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """What a run writes for other programs to look at; it changes no result."""
+
+    mlperf_logging: bool = False
+    """Write RUN/mlperf.log, the events of MLPerf Training's benchmark dlrm (v1), which `dlrm
+    mlperf-check` checks."""
+    mlperf_submission_org: str = ""
+    """Who submits, in mlperf.log."""
+    mlperf_submission_platform: str = ""
+    """The name of the system that trains, in mlperf.log."""
+    mlperf_submission_division: Literal["closed", "open"] = "closed"
+    """closed: the benchmark's model, data and target; open: any."""
+    mlperf_submission_status: Literal["onprem", "cloud", "preview", "research"] = "onprem"
+    """Where the system is to be had."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into RUN/tensorboard: loss, metrics, learning rate,
+    samples/s, wait for data."""
+    tensorboard_projector: str = ""
+    """With --tensorboard, the sparse feature whose embedding vectors TensorBoard's projector shows
+    when training has ended, with value, count and click rate; empty: none."""
+    tensorboard_projector_rows: int = 10_000
+    """How many of its vectors: those of the commonest values."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect."""
+        _require_types(self)
+        require(
+            self.tensorboard or not self.tensorboard_projector,
+            "--tensorboard-projector goes with --tensorboard",
+        )
+        require(
+            self.tensorboard_projector_rows >= 1,
+            "--tensorboard-projector-rows must be at least 1; got "
+            f"{self.tensorboard_projector_rows}",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     epochs: int = 1
     """Passes over the training rows."""
     mini_batch_size: int = 128

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
@@ -20,15 +21,23 @@ def part(name: str) -> AbstractContextManager[object]:
     return torch.profiler.record_function(name) if _recorders else _NOTHING
 
 
-def waiting(items: Iterable[T], name: str) -> Iterator[T]:
-    """Yield items; the time until each is there is a range of this name in a trace."""
+def waiting(items: Iterable[T], name: str, waited: Callable[[float], None]) -> Iterator[T]:
+    """Yield items; the time until each is there is a range of this name in a trace.
+
+    Args:
+        items: What to yield.
+        name: The range's name.
+        waited: Told the seconds that it took until an item was there.
+    """
     iterator = iter(items)
     while True:
+        began = time.perf_counter()
         with part(name):
             try:
                 item = next(iterator)
             except StopIteration:
                 return
+        waited(time.perf_counter() - began)
         yield item
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from dlrm import cli
-from dlrm.config import LossConfig, ModelConfig, OptimizerConfig, PrepareConfig, TrainConfig
+from dlrm.config import (
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from dlrm.errors import UserError
 from dlrm.reference import Request, parse
 
@@ -53,6 +60,7 @@ def test_the_published_recipe() -> None:
         selection_split="test",
         report_checkpoint="newest",
         initial_draws="total",
+        tracking=TrackingConfig(mlperf_logging=True),
     )
     assert asked.source == Path("data/train.txt")
     assert asked.dataset == Path("data/kaggleAdDisplayChallenge_processed.dataset")
@@ -114,6 +122,14 @@ def test_the_references_defaults_apply() -> None:
         ("--test-mini-batch-size=-1", {"evaluation_batch_size": 128}),
         ("--mlperf-auc-threshold=0.8", {"target_auc": 0.8}),
         ("--mlperf-acc-threshold=0.7", {"target_accuracy": 0.7}),
+        ("--tensor-board-filename=run_kaggle_pt", {"tracking.tensorboard": True}),
+        (
+            "--mlperf-submission-org=us --mlperf-submission-division=open",
+            {
+                "tracking.mlperf_submission_org": "us",
+                "tracking.mlperf_submission_division": "open",
+            },
+        ),
         ("--load-model=m.pt --run=r", {"continue_from": "r/initial.safetensors"}),
         ("--round-targets=False --num-workers=4 --dataset-multiprocessing", {}),
         ("--print-wall-time --save-model=m.pt", {}),
@@ -145,6 +161,7 @@ def test_what_preparation_is_asked_for(flags: str, expected: PrepareConfig) -> N
         "--loss-function=wbce --loss-weights=0.4-1.6 --loss-threshold=0.001 --step=7",
         "--arch-interaction-op=cat --max-ind-range=50 --data-randomize=day --num-batches=3",
         "--mlperf-auc-threshold=0.8 --mlperf-acc-threshold=0.79 --test-freq=-1 --use-npu",
+        "--tensor-board-filename=x --mlperf-submission-platform='a' --mlperf-submission-org=us",
         "--lr-num-warmup-steps=5 --lr-decay-start-step=6 --lr-num-decay-steps=7 --run=/a/'b'",
         "--learning-rate=1e-07 --load-model=m.pt --data-randomize=none --use-gpu --local_rank=3",
     ],
@@ -234,6 +251,11 @@ def test_what_cannot_be(flags: str, message: str) -> None:
         ("--save-model=m.pt --test-freq=-1", "--save-model has no effect unless training is"),
         ("--num-workers=2", "--num-workers changes nothing: one background thread reads here"),
         ("--dataset-multiprocessing", "--dataset-multiprocessing changes nothing: preparation"),
+        ("--tensor-board-filename=x", "--tensor-board-filename=x: event files are in RUN/"),
+        (
+            "--inference-only --load-model=m.pt --tensor-board-filename=x",
+            "--tensor-board-filename has no effect with --inference-only",
+        ),
         ("", "--round-targets changes nothing: the labels are 0 and 1 already"),
     ],
 )

@@ -84,7 +84,12 @@ def warm(start_warm: Callable[..., Any], dataset: Path) -> Warm:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     """What was logged, times and rates aside."""
-    times = {"seconds", "milliseconds_per_step", "samples_per_second"}
+    times = {
+        "seconds",
+        "milliseconds_per_step",
+        "data_wait_milliseconds",
+        "samples_per_second",
+    }
     lines = [json.loads(line) for line in (run / "log.jsonl").read_bytes().splitlines()]
     return [{name: line[name] for name in line.keys() - times} for line in lines]
 

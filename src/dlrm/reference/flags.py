@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from dlrm.config import TrackingConfig
 from dlrm.errors import UserError
 
 
@@ -32,8 +33,6 @@ class Flag:
     """From its value to ours."""
     refused: bool = False
     """Whether it is refused where it asks for anything but the reference's default."""
-    default_is_inert: bool = True
-    """Of a refused flag: whether its default, written out, asks for nothing."""
     refused_values: Mapping[str, str] = field(default_factory=dict)
     """Values that the reference takes and we do not, each with what to do instead."""
 
@@ -99,14 +98,7 @@ def _choice(*values: str) -> Callable[[str], str]:
     return choose
 
 
-def _refused(
-    name: str,
-    default: Any,
-    why: str,
-    read: Callable[[str], Any] | None = None,
-    *,
-    default_is_inert: bool = True,
-) -> Flag:
+def _refused(name: str, default: Any, why: str, read: Callable[[str], Any] | None = None) -> Flag:
     """Describe a flag that is refused; without ``read``, its default tells how its value reads."""
     if read is None and default is not False:
         kind: type[Any] = type(default)
@@ -116,7 +108,7 @@ def _refused(
             type(None): str,
         }
         read = readers.get(kind, kind)
-    return Flag(name, default, why, read, refused=True, default_is_inert=default_is_inert)
+    return Flag(name, default, why, read, refused=True)
 
 
 _MADE_UP = (
@@ -390,8 +382,9 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--mlperf-logging",
             False,
-            "Print recall, precision, F1, average precision and AUC after each test, and choose "
-            "the best by AUC instead of accuracy. The MLPerf event log is not written yet.",
+            "Print recall, precision, F1, average precision and AUC after each test, choose the "
+            "best by AUC instead of accuracy, and write MLPerf's events into RUN/mlperf.log.",
+            ours=("mlperf_logging",),
         ),
         Flag(
             "--mlperf-acc-threshold",
@@ -421,6 +414,30 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             str,
         ),
         Flag("--inference-only", False, "Test --load-model once, without training."),
+        Flag(
+            "--tensor-board-filename",
+            "",
+            "Write event files for TensorBoard into RUN/tensorboard, whatever the name. Where it "
+            "is absent none are written; the reference's default is run_kaggle_pt.",
+            str,
+            ("tensorboard",),
+            lambda name: True if name else None,
+        ),
+        *(
+            Flag(
+                f"--mlperf-submission-{name}",
+                getattr(TrackingConfig, f"mlperf_submission_{name}"),
+                f"Ours: {meaning}, in RUN/mlperf.log.",
+                str,
+                (f"mlperf_submission_{name}",),
+            )
+            for name, meaning in {
+                "org": "who submits",
+                "platform": "the name of the system",
+                "division": "closed or open",
+                "status": "onprem, cloud, preview or research",
+            }.items()
+        ),
         Flag("--run", "", "Ours: the RUN folder to make; by default runs/reference-NNN.", str),
     ),
     "known but refused": (
@@ -525,13 +542,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         _refused(
             "--plot-compute-graph", False, "The reference stops with an error at it. Drop it."
         ),
-        _refused(
-            "--tensor-board-filename",
-            "run_kaggle_pt",
-            "TensorBoard files are not written yet. Drop it; log.jsonl in the RUN holds the same "
-            "numbers.",
-            default_is_inert=False,
-        ),
         *(_refused(f"--mlperf-bin-{name}", False, _TERABYTE) for name in ("loader", "shuffle")),
         _refused(
             "--mlperf-grad-accum-iter",
@@ -564,9 +574,7 @@ def read_flags(arguments: Sequence[str]) -> dict[str, Any]:
     refusals = [
         f"{flag.name}: {flag.meaning}"
         for key, flag in FLAGS.items()
-        if flag.refused
-        and key in given
-        and not (flag.default_is_inert and given[key] == flag.default)
+        if flag.refused and key in given and given[key] != flag.default
     ]
     if refusals:
         raise UserError("not supported by dlrm reference:\n  " + "\n  ".join(refusals))

@@ -213,6 +213,10 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
             values["test_freq"] <= 0 or values["inference_only"],
             "unless training is tested: a model is saved after a test. Use --test-freq",
         ),
+        "tensor_board_filename": (
+            values["inference_only"],
+            "with --inference-only: nothing is trained",
+        ),
         "local_rank": (
             not values["use_gpu"] and not values["use_npu"] and values["local_rank"] > 0,
             "on the CPU",
@@ -233,8 +237,11 @@ def _notes(values: Mapping[str, Any], idle: Mapping[str, str]) -> list[str]:
         "test_num_workers": "one background thread reads here",
         "dataset_multiprocessing": "preparation uses the cores that it may use in any case",
     }
+    name = values["tensor_board_filename"]
+    moved = name and "tensor_board_filename" not in idle
     return [
         *(f"{FLAGS[key].name} has no effect {when}" for key, when in idle.items()),
+        *[f"--tensor-board-filename={name}: event files are in RUN/tensorboard"] * bool(moved),
         *(
             f"{FLAGS[key].name} changes nothing: {reason}"
             for key, reason in already.items()

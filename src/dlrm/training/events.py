@@ -1,4 +1,7 @@
-"""What a training run tells those who watch it: console, JSON lines, the reference's log."""
+"""What a training run tells those who watch it; the console and ``log.jsonl``.
+
+The MLPerf log and TensorBoard are in ``mlperf.py`` and ``tensorboard.py``.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,14 @@ from dlrm.config import TrainConfig
 from dlrm.files import environment_faults
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
+from dlrm.runs import RunResult
 from dlrm.schema import Split
 from dlrm.training.optimizer import Optimizer
 
 logger = logging.getLogger("dlrm")
+
+TARGET_REACHED = "target reached"
+"""How the reason begins for which training ended where a target was reached."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Start:
     steps_per_epoch: int
     train_rows: int
     """Rows of one pass."""
+    evaluation_rows: int
+    """Rows of an evaluation while training."""
     kernels: Literal["native", "plain"]
     kernels_reason: str
     resumed: bool = False
@@ -56,6 +65,8 @@ class Report:
     loss: float
     milliseconds_per_step: float
     """Loading included, evaluation excluded."""
+    data_wait_milliseconds: float
+    """Of these, those in which the next batch was not there yet."""
     samples_per_second: float
     learning_rate: float
 
@@ -84,12 +95,31 @@ class Stop:
     reason: str
     """In words: all epochs done, or the target that was reached."""
 
+    @property
+    def target_reached(self) -> bool:
+        """Whether it ended because an evaluation reached a target."""
+        return self.reason.startswith(TARGET_REACHED)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The trained model was evaluated, and the result written."""
+
+    position: Position
+    """Where training ended."""
+    result: RunResult
+    model: DLRM
+    """With the weights that the result is of."""
+
 
 class Events:
     """A listener; every method may be left as it is. Called in the training thread."""
 
     def on_start(self, start: Start) -> None:
         """Training is about to take its first step."""
+
+    def on_pass_start(self, position: Position) -> None:
+        """A pass over the training rows begins, or goes on where another run had stopped."""
 
     def on_step(self, position: Position, samples: int) -> None:
         """A step of so many rows was taken."""
@@ -106,25 +136,24 @@ class Events:
     def on_stop(self, stop: Stop) -> None:
         """Training has ended."""
 
+    def on_finish(self, finish: Finish) -> None:
+        """The result is written."""
 
-class JsonLines(Events):
-    """Writes ``log.jsonl``: an event a line, at once, so that the process's end loses none.
 
-    While the disk is full, lines wait in memory.
+class AppendedLog(Events):
+    """A file to which each event adds its lines at once, so that the process's end loses none.
+
+    While the disk is full, lines wait in memory. A context: left, the file is closed.
 
     Args:
         path: The file.
         size: What of the file to keep, in bytes; 0: it is made anew.
-        seconds: What the run had taken before.
-
-    Attributes:
-        size: Bytes of all events.
 
     Raises:
         EnvironmentFaultError: The file cannot be made, or the disk fails.
     """
 
-    def __init__(self, path: Path, size: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, path: Path, size: int = 0) -> None:
         self._path = path
         there = path.stat().st_size if path.exists() else 0
         if there < size:
@@ -137,8 +166,12 @@ class JsonLines(Events):
         self._waiting = bytearray()
         self._lock = threading.Lock()
         self._warned = False
-        self.size = size
-        self._started = time.perf_counter() - seconds
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """Bytes that belong to a checkpoint of this moment."""
+        return self._size
 
     def __enter__(self) -> Self:
         return self
@@ -151,10 +184,13 @@ class JsonLines(Events):
     ) -> None:
         with contextlib.closing(self._file):
             if error is not None:
-                self._write("error", {"kind": type(error).__name__, "message": str(error)})
+                self.on_error(error)
             elif self._waiting:
                 with environment_faults(f"write {self._path}"):
                     self._write_waiting()
+
+    def on_error(self, error: BaseException) -> None:
+        """The run ends by an error or a signal."""
 
     def flush(self) -> None:
         """Make all lines durable.
@@ -165,6 +201,44 @@ class JsonLines(Events):
         with environment_faults(f"write {self._path}"):
             self._write_waiting()
             os.fsync(self._file.fileno())
+
+    def _append(self, line: bytes) -> None:
+        """Add a line, without its end."""
+        with self._lock:
+            self._waiting += line + b"\n"
+            self._size += len(line) + 1
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                with environment_faults(f"write {self._path}"):
+                    raise
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s waits until the disk has room: %s", self._path, error.strerror)
+
+    def _write_waiting(self) -> None:
+        with self._lock:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                del self._waiting[:written]
+
+
+class JsonLines(AppendedLog):
+    """Writes ``log.jsonl``: an event a line.
+
+    Args:
+        path: The file.
+        size: What of the file to keep, in bytes; 0: it is made anew.
+        seconds: What the run had taken before.
+
+    Raises:
+        EnvironmentFaultError: The file cannot be made, or the disk fails.
+    """
+
+    def __init__(self, path: Path, size: int = 0, seconds: float = 0.0) -> None:
+        super().__init__(path, size)
+        self._started = time.perf_counter() - seconds
 
     def on_start(self, start: Start) -> None:
         """Write the number of steps and rows; the configuration is in ``config.toml``."""
@@ -197,27 +271,13 @@ class JsonLines(Events):
         """Write why training ended."""
         self._write("stop", asdict(stop))
 
+    def on_error(self, error: BaseException) -> None:
+        """Write what ended the run."""
+        self._write("error", {"kind": type(error).__name__, "message": str(error)})
+
     def _write(self, event: str, content: dict[str, Any]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        line = msgspec.json.encode({"event": event, "seconds": seconds} | content) + b"\n"
-        with self._lock:
-            self._waiting += line
-            self.size += len(line)
-        try:
-            self._write_waiting()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                with environment_faults(f"write {self._path}"):
-                    raise
-            if not self._warned:
-                self._warned = True
-                logger.warning("%s waits until the disk has room: %s", self._path, error.strerror)
-
-    def _write_waiting(self) -> None:
-        with self._lock:
-            while self._waiting:
-                written = self._file.write(self._waiting)
-                del self._waiting[:written]
+        self._append(msgspec.json.encode({"event": event, "seconds": seconds} | content))
 
 
 class Console(Events):

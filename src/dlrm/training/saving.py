@@ -50,6 +50,8 @@ class Metered:
     samples: int = 0
     steps: int = 0
     seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    """Of these, spent waiting for data."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Progress:
     """How much of ``log.jsonl`` belongs to it."""
     machine: dict[str, str | int]
     """Versions and hardware that results depend on bit by bit."""
+    mlperf_log_bytes: int = 0
+    """How much of ``mlperf.log`` belongs to it, where that is written."""
     checksum: str = ""
     """Of the file with the tensors."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shlex
@@ -23,7 +24,13 @@ from dlrm.checkpoint import (
     load_weights,
     read_info,
 )
-from dlrm.config import TrainConfig, differences, read_run_config, write_config
+from dlrm.config import (
+    TrackingConfig,
+    TrainConfig,
+    differences,
+    read_run_config,
+    write_config,
+)
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.device import (
@@ -45,10 +52,20 @@ from dlrm.runs import (
     peak_memory_bytes,
     versions,
 )
-from dlrm.schema import Split, read_schema
+from dlrm.schema import FeatureSchema, Split, read_schema
 from dlrm.trace import part, waiting
-from dlrm.training.events import Evaluation, Events, JsonLines, Report, Start, Stop
+from dlrm.training.events import (
+    TARGET_REACHED,
+    Evaluation,
+    Events,
+    Finish,
+    JsonLines,
+    Report,
+    Start,
+    Stop,
+)
 from dlrm.training.interruption import InterruptedNow, Interruption, noted_signals
+from dlrm.training.mlperf import MlperfLog
 from dlrm.training.optimizer import Optimizer, learning_rate
 from dlrm.training.profiling import StepProfiler, trace_file
 from dlrm.training.saving import (
@@ -60,10 +77,14 @@ from dlrm.training.saving import (
     tensors_of,
 )
 from dlrm.training.step import choose_step
+from dlrm.training.tensorboard import TensorBoard
 
 logger = logging.getLogger("dlrm")
 
-_NOT_TRAINING = ("--save-every-steps", "--save-every-minutes", "--keep", "--evaluation-memory")
+_NOT_TRAINING = (
+    *("--save-every-steps", "--save-every-minutes", "--keep", "--evaluation-memory"),
+    *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrackingConfig)),
+)
 """Options that change no result."""
 
 
@@ -106,6 +127,7 @@ def train(
     with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
         refuse_taken(run)
         schema = data.schema.with_max_ind_range(config.max_ind_range)
+        _refuse_unknown_feature(config.tracking, schema)
         trainer = Trainer(data, Run(run, schema, config, dataset), device)
         return _train(trainer, listeners, trace, started)
 
@@ -153,6 +175,7 @@ def resume(
         _refuse_other_features(data, run)
         device = open_device(config.device, config.local_rank)
         schema = data.schema.with_max_ind_range(config.max_ind_range)
+        _refuse_unknown_feature(config.tracking, schema)
         opened = Run(run, schema, config, place)
         checkpoints = Checkpoints(run / "checkpoints", config.keep)
         progress = checkpoints.newest_sound()
@@ -183,11 +206,21 @@ def _refuse_other_features(data: Dataset, run: Path) -> None:
         )
 
 
+def _refuse_unknown_feature(tracking: TrackingConfig, schema: FeatureSchema) -> None:
+    names = [feature.name for feature in schema.sparse]
+    if tracking.tensorboard_projector and tracking.tensorboard_projector not in names:
+        raise UserError(
+            f"--tensorboard-projector: there is no sparse feature "
+            f"{tracking.tensorboard_projector!r}. There are {', '.join(names)}."
+        )
+
+
 def _train(
     trainer: Trainer, listeners: Sequence[Events], trace: Path | None, started: float
 ) -> RunResult:
     """Write what a RUN begins with, and train, evaluate and save into it."""
-    run, progress = trainer.run, trainer.progress
+    run, progress, tracking = trainer.run, trainer.progress, trainer.config.tracking
+    began = time.time() - (time.perf_counter() - started)
     with environment_faults(f"write to {run.path}"):
         run.path.mkdir(parents=True, exist_ok=True)
         # First of all, so that what was interrupted later can be resumed.
@@ -199,14 +232,26 @@ def _train(
     started -= seconds
     checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
     step = progress.position.total_steps if progress else None
-    with (
-        JsonLines(run.path / "log.jsonl", size, seconds) as log,
-        Saver(checkpoints, log.flush, step) as saver,
-        noted_signals() as interruption,
-    ):
-        trainer.save_into(saver, log, started)
-        trainer.interruption = interruption
-        trainer.listeners = (log, *listeners)
+    with contextlib.ExitStack() as opened:
+        log = opened.enter_context(JsonLines(run.path / "log.jsonl", size, seconds))
+        mlperf_log = None
+        own: list[Events] = [log]
+        if tracking.mlperf_logging:
+            size = progress.mlperf_log_bytes if progress else 0
+            mlperf_log = opened.enter_context(MlperfLog(run.path / "mlperf.log", size, began))
+            own.append(mlperf_log)
+        if tracking.tensorboard:
+            own.append(opened.enter_context(TensorBoard(run, trainer.data, step)))
+
+        def flush_logs() -> None:
+            log.flush()
+            if mlperf_log:
+                mlperf_log.flush()
+
+        saver = opened.enter_context(Saver(checkpoints, flush_logs, step))
+        trainer.interruption = opened.enter_context(noted_signals())
+        trainer.save_into(saver, log, mlperf_log, started)
+        trainer.listeners = (*own, *listeners)
         if trace is None:
             trainer.fit()
         else:
@@ -345,16 +390,20 @@ class Trainer:
                 )
         set_random_state(self.device, progress.random_state)
 
-    def save_into(self, saver: Saver, log: JsonLines, started: float) -> None:
+    def save_into(
+        self, saver: Saver, log: JsonLines, mlperf_log: MlperfLog | None, started: float
+    ) -> None:
         """Save checkpoints while training, beside those that nobody asked for: there is no other.
 
         Args:
             saver: Writes them.
             log: Its size is noted in each.
+            mlperf_log: The same; None: it is not written.
             started: ``time.perf_counter()`` at the start of the run.
         """
         self._saver = saver
         self._log = log
+        self._mlperf_log = mlperf_log
         self._started = started
         self._saved_at = time.monotonic()
 
@@ -370,6 +419,7 @@ class Trainer:
             self.position,
             self.steps_per_epoch,
             self.train_rows,
+            self._evaluation_rows(),
             self.step.kernels,
             self.step.reason,
             resumed=self.progress is not None,
@@ -388,6 +438,8 @@ class Trainer:
                 first_batch=self.position.step,
                 num_batches=self.steps_per_epoch - self.position.step,
             )
+            for listener in self.listeners:
+                listener.on_pass_start(self.position)
             with contextlib.closing(batches):
                 self._train_on(batches)
             self._end_epoch()
@@ -395,6 +447,11 @@ class Trainer:
         self._save_last()
         for listener in self.listeners:
             listener.on_stop(Stop(self.position, self.stopped))
+
+    def _evaluation_rows(self) -> int:
+        rows, config = self.data.rows(self.config.selection_split), self.config
+        limit = config.num_batches * config.evaluation_batch_size
+        return min(rows, limit) if limit else rows
 
     def _end_epoch(self) -> None:
         """Count a pass that is complete."""
@@ -406,7 +463,7 @@ class Trainer:
         config, meter = self.config, self._meter
         watched = self.device.type == "cpu"  # elsewhere a look at a loss would wait for the device
         meter.go_on()
-        for batch in waiting(batches, "wait for data"):
+        for batch in waiting(batches, "wait for data", meter.waited):
             position = self.position
             self.position = position = replace(
                 position, step=position.step + 1, total_steps=position.total_steps + 1
@@ -526,6 +583,9 @@ class Trainer:
             skipped_steps=self.step.skipped_steps,
         )
         run.write_result(result)
+        finish = Finish(self.position, result, self.model)
+        for listener in self.listeners:
+            listener.on_finish(finish)
         return result
 
     def draw_weights(self) -> None:
@@ -615,7 +675,7 @@ class Trainer:
         )
 
     def _report(self, rate: float) -> None:
-        loss, samples, steps, seconds = self._meter.read()
+        loss, samples, steps, seconds, data_wait_seconds = self._meter.read()
         self.train_loss = loss
         self.train_samples += samples
         self.train_seconds += seconds
@@ -632,6 +692,7 @@ class Trainer:
             self.steps_per_epoch,
             loss,
             1000 * seconds / steps,
+            1000 * data_wait_seconds / steps,
             samples / seconds,
             rate,
         )
@@ -711,7 +772,7 @@ class Trainer:
             ("accuracy", metrics.accuracy, self.config.target_accuracy),
         ):
             if target and value >= target:
-                self.stopped = f"target reached: {name} {value:.6f} ≥ {target}"
+                self.stopped = f"{TARGET_REACHED}: {name} {value:.6f} ≥ {target}"
         self._save()
 
     def _save(self, *, wait: bool = False) -> EnvironmentFaultError | None:
@@ -765,6 +826,7 @@ class Trainer:
             evaluation_due=self._evaluation_due,
             log_bytes=self._log.size,
             machine=self._machine,
+            mlperf_log_bytes=self._mlperf_log.size if self._mlperf_log else 0,
         )
 
     def _describe_machine(self) -> dict[str, str | int]:
@@ -788,6 +850,7 @@ class _Meter:
         self._samples = metered.samples
         self._steps = metered.steps
         self._seconds = metered.seconds
+        self._data_wait_seconds = metered.data_wait_seconds
         self._since = 0.0
 
     def go_on(self) -> None:
@@ -802,20 +865,26 @@ class _Meter:
 
     def state(self) -> Metered:
         """Return what was added, and the time up to the last pause."""
-        return Metered(self._loss.item(), self._samples, self._steps, self._seconds)
+        return Metered(
+            self._loss.item(), self._samples, self._steps, self._seconds, self._data_wait_seconds
+        )
+
+    def waited(self, seconds: float) -> None:
+        """Count time that was spent waiting for data."""
+        self._data_wait_seconds += seconds
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         self._loss.add_(loss, alpha=samples)
         self._samples += samples
         self._steps += 1
 
-    def read(self) -> tuple[float, int, int, float]:
-        """Return mean loss, samples, steps and seconds, and start anew."""
+    def read(self) -> tuple[float, int, int, float, float]:
+        """Return mean loss, samples, steps, seconds and those without data, and start anew."""
         self.pause()
         loss = self._loss.item() / self._samples
-        read = (loss, self._samples, self._steps, self._seconds)
+        read = (loss, self._samples, self._steps, self._seconds, self._data_wait_seconds)
         self._loss.zero_()
         self._samples = self._steps = 0
-        self._seconds = 0.0
+        self._seconds = self._data_wait_seconds = 0.0
         self.go_on()
         return read
