@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dlrm.report.page import write_report
+from dlrm.schema import read_schema, write_schema
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -94,8 +96,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    return write_report(runs / "dlrm", path, compare=[runs / "logistic"], importance_rows=500)
+    """A page with a run and features whose names are longer than there is room."""
+    folder = tmp_path_factory.mktemp("page")
+    run = shutil.copytree(runs / "dlrm", folder / ("a-very-long-name-of-a-run-" * 3))
+    other = shutil.copytree(runs / "logistic", folder / "logistic regression with all defaults")
+    schema = read_schema(run, "run")
+    dense = (replace(schema.dense[0], name="time_since_the_last_visit_in_seconds"),)
+    write_schema(run, replace(schema, dense=(*dense, *schema.dense[1:])))
+    compared = [runs / "dlrm", other, runs / "logistic"]
+    return write_report(run, folder / "report.html", compare=compared, importance_rows=500)
 
 
 @pytest.fixture(scope="module", params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")

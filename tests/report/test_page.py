@@ -11,9 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from dlrm.config import PrepareConfig, write_config
+from dlrm.baselines.training import train_baseline
+from dlrm.comparison import compare
+from dlrm.config import BaselineConfig, PrepareConfig, write_config
 from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
+from dlrm.metrics import compute_metrics
 from dlrm.report.figures import draw_bars
 from dlrm.report.page import write_report
 from dlrm.runs import open_run
@@ -66,8 +69,9 @@ def test_its_figures_are_those_of_the_result(page: str, runs: Path) -> None:
     rows = shown[place + 4 : place + 4 + 4 * len(deciles)]
     assert [int(row.replace(",", "")) for row in rows[1::4]] == [d.samples for d in deciles]
     assert [float(row) for row in rows[2::4]] == [round(d.predicted, 4) for d in deciles]
-    baseline = open_run(runs / "logistic").result().metrics["test"].auc
-    assert f"{baseline - test.auc:+.4f}" in shown
+    (difference, _) = compare([runs / "dlrm", runs / "logistic"]).differences
+    low, high = difference.on_rows.interval
+    assert f"{difference.difference:+.4f} ({low:+.4f} to {high:+.4f})" in shown
 
 
 def test_it_needs_nothing_but_itself(page: str) -> None:
@@ -142,13 +146,10 @@ def test_names_and_paths_are_escaped(runs: Path, tmp_path: Path) -> None:
 
 
 def test_runs_on_other_rows_do_not_compare(runs: Path, raw_rows: Path, tmp_path: Path) -> None:
-    from dlrm.baselines.training import train_baseline
-    from dlrm.config import BaselineConfig
-
     prepare(raw_rows, tmp_path / "other", PrepareConfig())
     config = BaselineConfig(model="logistic", passes=1)
     train_baseline(tmp_path / "other", tmp_path / "run", config)
-    with pytest.raises(UserError, match="was tested on other rows than"):
+    with pytest.raises(UserError, match="are of different rows"):
         write_report(runs / "dlrm", tmp_path / "r.html", compare=[tmp_path / "run"])
     with pytest.raises(UserError, match="takes at most 4 runs"):
         write_report(runs / "dlrm", tmp_path / "r.html", compare=[runs / "logistic"] * 5)
@@ -164,8 +165,6 @@ def test_a_split_of_one_label_has_no_curves(runs: Path, tmp_path: Path) -> None:
     zeros = np.zeros(5, np.uint8)
     with opened.write_predictions("test", "f") as predictions:
         predictions.add(zeros, np.full(5, 0.25, np.float32))
-    from dlrm.metrics import compute_metrics
-
     result = opened.result()
     metrics = result.metrics | {"test": compute_metrics(zeros, np.full(5, 0.25, np.float32))}
     opened.write_result(dataclasses.replace(result, metrics=metrics))

@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.comparison import Comparison
+from dlrm.comparison import compare as compare_runs
 from dlrm.config import TrainConfig
 from dlrm.data.dataset import Dataset
 from dlrm.data.synthetic import Truth
@@ -78,8 +80,6 @@ class _Subject:
     result: RunResult
     labels: npt.NDArray[np.uint8]
     probabilities: npt.NDArray[np.float32]
-    dataset: str
-    """Fingerprint of the rows."""
 
     @property
     def test(self) -> Metrics:
@@ -135,15 +135,10 @@ def write_report(
     subject, *others = (
         _read(name, Path(each)) for name, each in zip(names, (run, *compare), strict=True)
     )
-    for other in others:
-        if other.dataset != subject.dataset or len(other.labels) != len(subject.labels):
-            raise UserError(
-                f"{other.run.path} was tested on other rows than {run}: they do not compare. Train "
-                "both on one DATASET, and test on all of its rows."
-            )
+    comparison = compare_runs([run, *map(Path, compare)]) if others else None
     data, missing = _open_dataset(subject.run, Path(dataset) if dataset else None)
     known = _known_truth(subject, data, Path(truth) if truth else None)
-    page = _page(subject, others, data, missing, known, importance_rows)
+    page = _page(subject, others, comparison, data, missing, known, importance_rows)
     with atomic_write(path) as file:
         file.write(page.encode())
     return path
@@ -163,9 +158,8 @@ def _read(name: str, path: Path) -> _Subject:
     result = run.result()
     if _SPLIT not in result.metrics:
         raise UserError(f"{path / 'result.json'} has no metrics of {_SPLIT}. Train again.")
-    predictions = run.predictions(_SPLIT)
-    labels, probabilities = predictions.arrays()
-    return _Subject(name, run, result, labels, probabilities, predictions.dataset)
+    labels, probabilities = run.predictions(_SPLIT).arrays()
+    return _Subject(name, run, result, labels, probabilities)
 
 
 def _open_dataset(run: AnyRun, place: Path | None) -> tuple[Dataset | None, str]:
@@ -196,6 +190,7 @@ def _known_truth(subject: _Subject, data: Dataset | None, path: Path | None) -> 
 def _page(
     subject: _Subject,
     others: Sequence[_Subject],
+    comparison: Comparison | None,
     data: Dataset | None,
     missing: str,
     truth: Truth | None,
@@ -228,7 +223,7 @@ def _page(
         seed_table=Table(HEADER, (*PUBLISHED, own_row), highlighted=len(PUBLISHED)),
         seed_note=NOTE,
         metrics=_metrics_table(result),
-        comparison=_comparison(subject, others) if others else None,
+        comparison=_comparison(subject, others, comparison) if comparison else None,
         figures=figures,
         skipped=skipped,
         importance=_importance_figure(importances) if importances else None,
@@ -327,31 +322,39 @@ def _metrics_table(result: RunResult) -> Table:
     return Table(("metric", *splits), tuple(rows))
 
 
-def _comparison(subject: _Subject, others: Sequence[_Subject]) -> Table:
+def _comparison(subject: _Subject, others: Sequence[_Subject], comparison: Comparison) -> Table:
+    """Return the runs' metrics, and of the others how they differ from this run's."""
     rows = []
-    for each in (subject, *others):
+    for number, each in enumerate((subject, *others)):
+        name = comparison.runs[number].name
+        differences = {
+            each.metric: f"{each.difference:+.4f} ({each.on_rows.interval[0]:+.4f} to "
+            f"{each.on_rows.interval[1]:+.4f})"
+            for each in comparison.differences
+            if each.second == (name,)
+        }
         test = each.test
         rows.append(
             (
                 each.name,
                 each.kind,
                 _number(test.auc),
+                differences.get("auc", "-"),
                 _number(test.log_loss),
+                differences.get("log_loss", "-"),
                 _number(test.normalized_entropy),
                 _number(test.calibration),
-                "-" if each is subject else f"{test.auc - subject.test.auc:+.4f}",
-                "-" if each is subject else f"{test.log_loss - subject.test.log_loss:+.4f}",
             )
         )
     header = (
         "run",
         "model",
         "AUC",
+        "difference of the AUC",
         "log loss",
+        "difference of the log loss",
         "normalized entropy",
         "calibration",
-        "AUC, less this run's",
-        "log loss, less this run's",
     )
     return Table(header, tuple(rows), highlighted=0)
 
