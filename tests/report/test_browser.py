@@ -22,8 +22,8 @@ playwright = pytest.importorskip("playwright.sync_api")
 
 VIEWS = [(scheme, width) for scheme in ("light", "dark") for width in (1280, 400)]
 
-# Boxes of all texts of a figure, which must lie within it and not on each other. Of a rotated text
-# the box is the one around it as it is seen.
+# Boxes of all texts of a figure, which must lie within it and neither on each other nor on the
+# legend's lines. Of a rotated text the box is the one around it as it is seen.
 TEXTS = """
 () => [...document.querySelectorAll('figure svg')].map(svg => {
   const outer = svg.getBoundingClientRect();
@@ -32,7 +32,12 @@ TEXTS = """
     return {text: text.textContent, left: box.left - outer.left, right: box.right - outer.left,
             top: box.top - outer.top, bottom: box.bottom - outer.top};
   });
-  return {title: svg.querySelector('title').textContent, width: outer.width,
+  const samples = [...svg.querySelectorAll('[id*="legend"] path')].map(path => {
+    const box = path.getBoundingClientRect();
+    return {text: 'line in the legend', left: box.left - outer.left, right: box.right - outer.left,
+            top: box.top - outer.top - 5, bottom: box.bottom - outer.top + 5};
+  });
+  return {samples, title: svg.querySelector('title').textContent, width: outer.width,
           height: outer.height, texts};
 })
 """
@@ -145,7 +150,7 @@ def test_no_label_is_cut_or_lies_on_another(view: Any) -> None:
             assert text["right"] <= figure["width"] + 0.5, where
             assert text["bottom"] <= figure["height"] + 0.5, where
         for number, one in enumerate(texts):
-            for other in texts[number + 1 :]:
+            for other in [*texts[number + 1 :], *figure["samples"]]:
                 across = min(one["right"], other["right"]) - max(one["left"], other["left"])
                 down = min(one["bottom"], other["bottom"]) - max(one["top"], other["top"])
                 # Boxes are as high as a line; letters are not.

@@ -9,6 +9,7 @@ the page's wherever it is shown.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from dlrm.report.curves import Curve
 WIDTH = 360
 """Units of a figure's width."""
 _HEIGHT = 270
+_LEGEND_ROW = 16
 _POINTS_AN_INCH = 72  # Matplotlib's SVG has a unit a point
 
 # Colours no figure needs, each standing for what the page calls it.
@@ -313,6 +315,10 @@ def _legend_above(figure: Figure, entries: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels))
     columns = max(1, min(entries, 52 // (longest + 6)))
+    # The axes stay as high as they are.
+    width, height = figure.get_size_inches()
+    further_rows = math.ceil(entries / columns) - 1
+    figure.set_size_inches(width, height + further_rows * _LEGEND_ROW / _POINTS_AN_INCH)
     figure.legend(
         handles,
         [_shortened(label, 44) for label in labels],
