@@ -541,7 +541,10 @@ def _importances(
     if not isinstance(run, Run):
         return None, "the model of a baseline is not kept"
     if not rows:
-        return None, f"that takes longer than all the rest; `dlrm report {run.path}` does it"
+        return (
+            None,
+            f"that takes longer than all the rest; `dlrm report {shlex.quote(str(run.path))}` does it",
+        )
     if data is None:
         return None, missing
     which = subject.result.checkpoint
