@@ -541,10 +541,8 @@ def _importances(
     if not isinstance(run, Run):
         return None, "the model of a baseline is not kept"
     if not rows:
-        return (
-            None,
-            f"that takes longer than all the rest; `dlrm report {shlex.quote(str(run.path))}` does it",
-        )
+        command = shlex.join(["dlrm", "report", str(run.path)])
+        return None, f"that takes longer than all the rest; `{command}` does it"
     if data is None:
         return None, missing
     which = subject.result.checkpoint
