@@ -244,7 +244,7 @@ class _Versioned(msgspec.Struct):
 FORMAT_VERSION = "1.3"
 """1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET. 1.2: checksums and
 ``step-NNNNNNNNN.json`` in a RUN's checkpoints. 1.3: labels in a RUN's predictions, intervals and
-deciles in its metrics, tracking in its configuration."""
+deciles in its metrics, its kind and tracking in its configuration."""
 
 
 def check_version(found: str, path: Path) -> None:

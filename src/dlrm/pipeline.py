@@ -12,6 +12,7 @@ from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
 from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.prediction import load, predict_file
+from dlrm.report.page import write_report
 from dlrm.runs import RunResult
 from dlrm.training.begin import is_begun, train_or_resume
 from dlrm.training.events import Console
@@ -26,7 +27,7 @@ def run_all(
     train_config: TrainConfig,
     dataset: Path | None = None,
 ) -> RunResult:
-    """Prepare, train, evaluate, and predict the ``test.txt`` beside ``train.txt`` if there is one.
+    """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, write a report.
 
     What was interrupted goes on where it stopped when it is called again in the same way.
 
@@ -49,6 +50,7 @@ def run_all(
     stages = [f"prepare {dataset}", f"train and evaluate in {run}"]
     if test.exists():
         stages.append(f"predict {test} into {run / 'submission.csv'}")
+    stages.append(f"describe it in {run / 'report.html'}")
     for number, stage in enumerate(stages, start=1):
         logger.info("  %d. %s", number, stage)
     prepare(source, dataset, prepare_config)
@@ -57,6 +59,10 @@ def run_all(
         if test.exists():
             summary = predict_file(load(run), test, run / "submission.csv")
             logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
+        report = write_report(run, importance_rows=0)
+        logger.info(
+            "described the run in %s; with the importance of features: dlrm report RUN", report
+        )
     return result
 
 

@@ -280,7 +280,7 @@ class Dataset:
         """Transform rows first … last-1, a whole number of mini-batches at a time."""
         pending: list[Rows] = []
         count = 0
-        for run in self._stored_rows(split, first, last):
+        for run in self.stored_rows(split, first, last):
             pending.append(run)
             count += len(run)
             whole = count - count % mini_batch_size
@@ -292,8 +292,13 @@ class Dataset:
         if count:
             yield _make_batch(schema, Rows.concatenate(pending))
 
-    def _stored_rows(self, split: Split, first: int, last: int) -> Iterator[Rows]:
-        """Read rows first … last-1 of a split, a record batch at a time."""
+    def stored_rows(self, split: Split, first: int, last: int) -> Iterator[Rows]:
+        """Read rows first … last-1 of a split as they are stored, a record batch at a time.
+
+        Raises:
+            UserError: A part is missing or damaged.
+            EnvironmentFaultError: The disk fails.
+        """
         position = 0
         for part in self.manifest.splits[split].parts:
             end = position + part.rows
@@ -306,6 +311,39 @@ class Dataset:
                     if position >= last:
                         return
             position = end
+
+    def spread_rows(self, split: Split, count: int) -> Iterator[Rows]:
+        """Read so many rows, evenly spread over a split, as they are stored and in their order.
+
+        Raises:
+            UserError: A part is missing or damaged.
+            EnvironmentFaultError: The disk fails.
+        """
+        total = self.rows(split)
+        position = 0
+        for run in self.stored_rows(split, 0, total):
+            # Row i is taken where i * count / total passes a whole number.
+            numbers = np.arange(position, position + len(run) + 1) * count // total
+            position += len(run)
+            chosen = np.flatnonzero(np.diff(numbers))
+            if len(chosen):
+                yield run if len(chosen) == len(run) else run[chosen]
+
+
+def in_blocks(runs: Iterable[Rows], rows: int) -> Iterator[Rows]:
+    """Return the same rows in runs of a given length; the last may be shorter."""
+    pending: list[Rows] = []
+    count = 0
+    for run in runs:
+        pending.append(run)
+        count += len(run)
+        while count >= rows:
+            joined = Rows.concatenate(pending)
+            yield joined[:rows]
+            pending = [joined[rows:]]
+            count -= rows
+    if count:
+        yield Rows.concatenate(pending)
 
 
 def _make_batch(schema: FeatureSchema, rows: Rows) -> Batch:
