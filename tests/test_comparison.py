@@ -23,7 +23,7 @@ from dlrm.errors import UserError
 from dlrm.metrics import compute_metrics
 from dlrm.paired import compare_rows
 from dlrm.predictions import Predictions, write_predictions
-from dlrm.training.trainer import train
+from dlrm.training.begin import train
 
 FINGERPRINT = "ab" * 32
 

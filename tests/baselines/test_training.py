@@ -27,7 +27,7 @@ from dlrm.metrics import compute_metrics
 from dlrm.prediction import load
 from dlrm.runs import Run, RunResult, open_run
 from dlrm.schema import Split
-from dlrm.training.trainer import resume
+from dlrm.training.begin import resume
 
 SMALL = {
     "logistic": BaselineConfig(model="logistic", passes=3),

@@ -15,7 +15,7 @@ from dlrm.config import (
 )
 from dlrm.data.prepare import prepare
 from dlrm.data.synthetic import synthesize
-from dlrm.training.trainer import train
+from dlrm.training.begin import train
 
 CONFIG = TrainConfig(
     model=ModelConfig(
