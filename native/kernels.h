@@ -21,6 +21,10 @@
 
 namespace dlrm {
 
+// Outputs of a layer that are taken at a time: their weights, and the gradients of a few hundred rows,
+// stay in the second cache. A multiple of every instruction set's block.
+constexpr int64_t kOutputsAtOnce = 24;
+
 enum class Rule : int64_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2 };
 
 // How a weight moves along its gradient. Adagrad: sum += g², weight -= rate g / (√sum + epsilon).
@@ -86,7 +90,7 @@ struct Kernels {
   void (*to_columns)(const float* x, float* columns, int64_t features, int64_t panels,
                      int64_t begin, int64_t end);
 
-  // Updates the outputs [begin, end) of a layer.
+  // Updates the outputs [begin, end) of a layer, at most kOutputsAtOnce.
   void (*weight_update)(const LayerUpdate& layer, const Update& update, int64_t begin,
                         int64_t end);
 

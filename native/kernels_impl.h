@@ -10,6 +10,7 @@
 namespace {
 
 using dlrm::Bags;
+using dlrm::kOutputsAtOnce;
 using dlrm::LayerUpdate;
 using dlrm::Linear;
 using dlrm::Rule;
@@ -58,40 +59,54 @@ inline void for_blocks(int64_t begin, int64_t end, const F& f) {
 // with this number rather than with that of all terms.
 constexpr int64_t kTerms = 64;
 
+// Inputs of a panel that go through some outputs before the next, to stay in the first cache.
+constexpr int64_t kInputsAtOnce = 4 * kTerms;
+
+// One fully connected layer. Sums wait in y while other inputs, or other panels, are taken.
 template <int kVectors>
 void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels) {
-  for_blocks(begin, end, [&]<int kRows>(int64_t row) {
-    for (int64_t p = 0; p < panels; ++p) {
-      Tile<kRows, kVectors> tile;
+  for (int64_t top = 0; top == 0 || top < layer.in; top += kInputsAtOnce) {
+    const int64_t bottom = smaller(top + kInputsAtOnce, layer.in);
+    for (int64_t group = begin; group < end; group += kOutputsAtOnce) {
+      for (int64_t p = 0; p < panels; ++p) {
+        for_blocks(group, smaller(group + kOutputsAtOnce, end), [&]<int kRows>(int64_t row) {
+          Tile<kRows, kVectors> tile;
+          float* y = layer.y + (p * layer.out + row) * kPanel;
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          tile.sums[r][v] = layer.bias ? broadcast(layer.bias[row + r]) : Vector{};
-        }
-      }
-      for (int64_t k = 0; k < layer.in; k += kTerms) {
-        Tile<kRows, kVectors> terms{};
-        multiply(terms, layer.matrix + row * layer.in + k, layer.in,
-                 layer.x + (p * layer.in + k) * kPanel, smaller(kTerms, layer.in - k));
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += terms.sums[r][v];
-        }
-      }
-      const int64_t place = (p * layer.out + row) * kPanel;
+            for (int v = 0; v < kVectors; ++v) {
+              tile.sums[r][v] = top ? load(y + r * kPanel + v * kWidth)
+                              : layer.bias ? broadcast(layer.bias[row + r]) : Vector{};
+            }
+          }
+          for (int64_t k = top; k < bottom; k += kTerms) {
+            Tile<kRows, kVectors> terms{};
+            multiply(terms, layer.matrix + row * layer.in + k, layer.in,
+                     layer.x + (p * layer.in + k) * kPanel, smaller(kTerms, bottom - k));
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t at = place + r * kPanel + v * kWidth;
-          Vector sum = tile.sums[r][v];
-          if (layer.relu) sum = where_positive(sum, sum);
-          if (layer.mask) sum = where_positive(load(layer.mask + at), sum);
-          store(layer.y + at, sum);
-        }
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+              for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += terms.sums[r][v];
+            }
+          }
+          const bool done = bottom == layer.in;
+          const float* mask = layer.mask ? layer.mask + (p * layer.out + row) * kPanel : nullptr;
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+              const int64_t at = r * kPanel + v * kWidth;
+              Vector sum = tile.sums[r][v];
+              if (done && layer.relu) sum = where_positive(sum, sum);
+              if (done && mask) sum = where_positive(load(mask + at), sum);
+              store(y + at, sum);
+            }
+          }
+        });
       }
     }
-  });
+  }
 }
 
 // The first row of a panel alone, a lane an output: what linear_outputs does for a vector of rows
@@ -215,55 +230,83 @@ void bias_update(const LayerUpdate& layer, const Update& update, int64_t row) {
   move<kAdaptive>(layer.bias + row, layer.bias_sum + row, broadcast(sum), 1, update);
 }
 
+// Panels whose columns go through all outputs before the next, to stay in the first cache.
+constexpr int64_t kPanelsAtOnce = 16;
+
 // Updates the weights of outputs [begin, end) and inputs i … i + kPanel - 1, or fewer at the end.
 template <bool kAdaptive, bool kWhole>
 void columns_update(const LayerUpdate& layer, const Update& update, int64_t begin, int64_t end,
                     int64_t i) {
-  const float* x = layer.columns + i * layer.panels * kPanel;
   const auto count = [&](int half) {
     if (kWhole) return kWidth;
     const int64_t n = smaller(kWidth, layer.in - i - half * kWidth);
     return n < 0 ? 0 : n;
   };
   float* moving = layer.last ? layer.weight : layer.weight_gradient;
-  for_blocks(begin, end, [&]<int kRows>(int64_t row) {
-    Tile<kRows> tile{};
-    const int64_t first = row * layer.in + i;
+  float sums[kOutputsAtOnce * kPanel];  // of the panels before
+  for (int64_t top = 0; top < layer.panels; top += kPanelsAtOnce) {
+    const int64_t bottom = smaller(top + kPanelsAtOnce, layer.panels);
+    const bool done = bottom == layer.panels;
+    const float* x = layer.columns + (i * layer.panels + top * kPanel) * kPanel;
+    for_blocks(begin, end, [&]<int kRows>(int64_t row) {
+      Tile<kRows> tile{};
+      const int64_t first = row * layer.in + i;
+      float* partial = sums + (row - begin) * kPanel;
+      if (done) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      // Needed when the sums are done; they come from beyond the second cache.
-      __builtin_prefetch(moving + first + r * layer.in, 1);
-      __builtin_prefetch(moving + first + r * layer.in + kWidth, 1);
-    }
-    if (!layer.first) {
-      for (int r = 0; r < kRows; ++r) {
-        for (int half = 0; half < 2; ++half) {
-          const float* from = layer.weight_gradient + first + r * layer.in + half * kWidth;
-          tile.sums[r][half] = load_some(from, count(half));
+        for (int r = 0; r < kRows; ++r) {
+          // Needed when the sums are done; they come from beyond the second cache.
+          __builtin_prefetch(moving + first + r * layer.in, 1);
+          __builtin_prefetch(moving + first + r * layer.in + kWidth, 1);
         }
       }
-    }
-    for (int64_t p = 0; p < layer.panels; ++p) {
-      const float* gradient = layer.gradient + (p * layer.out + row) * kPanel;
-      // The next tile's gradients: too short a run for the processor to foresee.
+      if (top) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(gradient + (kRows + r) * kPanel);
-      multiply(tile, gradient, kPanel, x + p * kPanel * kPanel, kPanel);
-    }
+        for (int r = 0; r < kRows; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            tile.sums[r][half] = load(partial + r * kPanel + half * kWidth);
+          }
+        }
+      } else if (!layer.first) {
+        for (int r = 0; r < kRows; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            const float* from = layer.weight_gradient + first + r * layer.in + half * kWidth;
+            tile.sums[r][half] = load_some(from, count(half));
+          }
+        }
+      }
+      for (int64_t p = top; p < bottom; ++p) {
+        const float* gradient = layer.gradient + (p * layer.out + row) * kPanel;
+        // The next tile's gradients: too short a run for the processor to foresee.
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(gradient + (kRows + r) * kPanel);
+        multiply(tile, gradient, kPanel, x + (p - top) * kPanel * kPanel, kPanel);
+      }
+      if (!done) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = first + r * layer.in + half * kWidth;
-        if (layer.last) {
-          move<kAdaptive>(layer.weight + at, layer.weight_sum + at, tile.sums[r][half],
-                          count(half), update);
-        } else {
-          store_some(layer.weight_gradient + at, tile.sums[r][half], count(half));
+          for (int half = 0; half < 2; ++half) {
+            store(partial + r * kPanel + half * kWidth, tile.sums[r][half]);
+          }
+        }
+        return;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const int64_t at = first + r * layer.in + half * kWidth;
+          if (layer.last) {
+            move<kAdaptive>(layer.weight + at, layer.weight_sum + at, tile.sums[r][half],
+                            count(half), update);
+          } else {
+            store_some(layer.weight_gradient + at, tile.sums[r][half], count(half));
+          }
         }
       }
-    }
-  });
+    });
+  }
 }
 
 template <bool kAdaptive>

@@ -11,8 +11,6 @@ namespace {
 
 // Panels that a thread takes through all layers at a time: their activations stay in its cache.
 constexpr int64_t kPanelsAtOnce = 8;
-// Outputs of a layer that a thread takes at a time; a multiple of every instruction set's block.
-constexpr int64_t kOutputsAtOnce = 48;
 
 struct Layer {
   const float* weight;  // (out, in)
@@ -212,6 +210,10 @@ void mlp_update(at::TensorList columns, at::TensorList gradients, at::TensorList
     layers.push_back(layer);
     for (int64_t row = 0; row < out; row += kOutputsAtOnce) tasks.emplace_back(l, row);
   }
+  // The longest first, so that the threads end together.
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
+    return shapes[a.first].in > shapes[b.first].in;
+  });
   for_tasks(tasks.size(), [&](int64_t task) {
     const auto [l, row] = tasks[task];
     kernel.weight_update(layers[l], update, row, std::min(row + kOutputsAtOnce, layers[l].out));

@@ -29,17 +29,22 @@ def test_the_plan_comes_first(
     run = tmp_path / "run"
     with caplog.at_level(logging.INFO, "dlrm"):
         result = run_all(raw_rows, run, PrepareConfig(), TINY)
-    assert caplog.messages[:3] == [
+    assert caplog.messages[:4] == [
         f"  1. prepare {run}/dataset",
         f"  2. train and evaluate in {run}",
         f"  3. predict {raw_rows}/test.txt into {run}/submission.csv",
+        f"  4. describe it in {run}/report.html",
     ]
     size = (raw_rows / "train.txt").stat().st_size
-    plan = caplog.messages[3]
+    plan = caplog.messages[4]
     assert plan.startswith(f"plan: train.txt, {size / 1000:.1f} kB, about ")
     (rows,) = re.findall("about ([0-9,]+) rows", plan)
     assert int(rows.replace(",", "")) == pytest.approx(3000, rel=0.02)
-    assert caplog.messages[-1] == f"predicted 300 rows into {run}/submission.csv"
+    assert caplog.messages[-2:] == [
+        f"predicted 300 rows into {run}/submission.csv",
+        f"described the run in {run}/report.html; with the importance of features: dlrm report RUN",
+    ]
+    assert "<title>run: DLRM</title>" in (run / "report.html").read_text()
     assert result.metrics["test"].samples == 214
     assert len((run / "submission.csv").read_text().splitlines()) == 301
 

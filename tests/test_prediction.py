@@ -13,7 +13,7 @@ from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
 from dlrm.evaluation import evaluate
 from dlrm.prediction import load, predict_file
-from dlrm.training.trainer import train
+from dlrm.training.begin import train
 
 CONFIG = TrainConfig(
     model=ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1)),

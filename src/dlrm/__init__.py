@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dlrm.evaluation import evaluate
     from dlrm.model.dlrm import DLRM
     from dlrm.prediction import load
-    from dlrm.training.trainer import resume, train
+    from dlrm.training.begin import resume, train
 
 __all__ = [
     "DLRM",
@@ -65,9 +65,9 @@ _HOMES = {
     "evaluate": "dlrm.evaluation",
     "load": "dlrm.prediction",
     "prepare": "dlrm.data.prepare",
-    "resume": "dlrm.training.trainer",
+    "resume": "dlrm.training.begin",
     "synthesize": "dlrm.data.synthetic",
-    "train": "dlrm.training.trainer",
+    "train": "dlrm.training.begin",
 }
 
 

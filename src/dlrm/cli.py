@@ -24,6 +24,7 @@ import tyro
 
 from dlrm.config import (
     Amp,
+    BaselineConfig,
     BenchTrainConfig,
     DeviceKind,
     PrepareConfig,
@@ -175,8 +176,8 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
+        from dlrm.training.begin import resume, train
         from dlrm.training.events import Console
-        from dlrm.training.trainer import resume, train
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)
@@ -202,17 +203,40 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Train a logistic regression or gradient-boosted trees on a DATASET, to compare with.
+
+    On the same splits, with the metrics and predictions of `dlrm train`, so that `dlrm compare`
+    and `dlrm report` show what a DLRM adds. The number of passes or trees is chosen on validation;
+    test is looked at once. RUN appears when it is complete. The model itself is not kept.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """What `dlrm prepare` made."""
+    run: Path
+    """The folder to make."""
+    options: Annotated[BaselineConfig, tyro.conf.arg(name="")]
+
+    def execute(self) -> None:
+        """Train and print the result."""
+        from dlrm.baselines.training import train_baseline
+
+        _print_json(train_baseline(self.dataset, self.run, self.options))
+
+
+@dataclass(frozen=True)
 class Run:
     """From raw rows to a trained, evaluated model and its predictions.
 
     Prepares SOURCE into a DATASET, trains and evaluates into RUN, and where a test.txt lies beside
-    train.txt, predicts it into RUN/submission.csv. A plan is printed first.
+    train.txt, predicts it into RUN/submission.csv. A plan is printed first. Interrupted, the same
+    command goes on where it stopped.
     """
 
     source: tyro.conf.Positional[Path]
     """Criteo's train.txt, or a folder that holds it and maybe test.txt."""
     run: tyro.conf.Positional[Path]
-    """The folder to make."""
+    """The folder to make, or to go on with."""
     options: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config: Path | None = None
     """A TOML file with defaults for all training options."""
@@ -392,6 +416,44 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write one HTML page about a run, of a DLRM or a baseline, that any browser shows offline.
+
+    Summary, the table of published results with this run in it, learning curves, ROC and
+    precision-recall curves, calibration, the importance of features, time and memory,
+    configuration.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """What `dlrm train`, `dlrm run` or `dlrm baseline` made."""
+    compare: tuple[Path, ...] = ()
+    """Other runs on the same DATASET to show beside it."""
+    output: Path | None = None
+    """The file to write; by default RUN/report.html."""
+    dataset: Path | None = None
+    """Where the run's DATASET is now; by default where it was. Without it the importance of
+    features is left out."""
+    truth: Path | None = None
+    """The truth.json of made-up data; by default the DATASET's, if it was made from such."""
+    importance_rows: int = 10_000
+    """Measure the importance of features on so many rows of the test split; 0: do not."""
+
+    def execute(self) -> None:
+        """Write the page and print where it is."""
+        from dlrm.report.page import write_report
+
+        path = write_report(
+            self.run,
+            self.output,
+            compare=self.compare,
+            dataset=self.dataset,
+            truth=self.truth,
+            importance_rows=self.importance_rows,
+        )
+        _print_json({"report": str(path)})
+
+
+@dataclass(frozen=True)
 class BenchTrain:
     """Measure training beside the time that its matrix multiplications alone take, the floor.
 
@@ -433,11 +495,13 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "prepare": (Prepare, "turn raw rows into a DATASET"),
     "inspect": (Inspect, "show what is in a DATASET"),
     "train": (Train, "train a model on a DATASET, and evaluate it"),
+    "baseline": (Baseline, "train a logistic regression or trees to compare with"),
     "run": (Run, "prepare, train, evaluate and predict in one go"),
     "evaluate": (Evaluate, "print a run's metrics on a split"),
     "compare": (Compare, "tell whether runs differ beyond noise"),
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
+    "report": (Report, "write one HTML page about a run"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }

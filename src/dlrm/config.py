@@ -443,13 +443,80 @@ class BenchTrainConfig:
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
 
 
-def write_config(path: Path, config: TrainConfig, dataset: Path) -> None:
-    """Write a configuration that ``dlrm train --config`` reads, and the DATASET's place."""
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What ``dlrm baseline`` trains in a DLRM's place."""
+
+    model: Literal["logistic", "lightgbm"] = "lightgbm"
+    """logistic: logistic regression (scikit-learn); lightgbm: gradient-boosted trees (LightGBM)."""
+    learning_rate: float = 0.0
+    """Step size of logistic's SGD, shrinkage of lightgbm's trees; 0: 0.002 and 0.05."""
+    max_rows: int = 0
+    """Train on so many of the training rows, evenly spread over them; 0: on all."""
+    seed: int = 123
+    """Equal seeds give equal results."""
+    passes: int = 20
+    """logistic: the most passes over the training rows; it stops at the first that does not lower
+    the log loss of the validation split."""
+    l2: float = 1e-6
+    """logistic: weight of the squared norm of the coefficients."""
+    trees: int = 1000
+    """lightgbm: the most trees."""
+    patience: int = 50
+    """lightgbm: stop after so many trees that have not lowered the log loss of the validation
+    split."""
+    num_leaves: int = 63
+    """lightgbm: the most leaves of a tree."""
+    max_categories: int = 256
+    """lightgbm: a sparse feature with at most so many ids is split by id; any other by how often
+    its value occurs in training rows, and how often it was clicked there."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing, and options of the other model."""
+        _require_types(self)
+        require(
+            0 <= self.learning_rate < float("inf"),
+            f"--learning-rate must not be negative; got {self.learning_rate}",
+        )
+        require(self.max_rows >= 0, f"--max-rows must not be negative; got {self.max_rows}")
+        require(0 <= self.seed < 2**31, f"--seed must be in 0 … 2**31-1; got {self.seed}")
+        require(0 <= self.l2 < float("inf"), f"--l2 must not be negative; got {self.l2}")
+        for name, least in (("passes", 1), ("trees", 1), ("patience", 1), ("num_leaves", 2)):
+            value = getattr(self, name)
+            require(
+                value >= least, f"--{name.replace('_', '-')} must be at least {least}; got {value}"
+            )
+        require(
+            0 <= self.max_categories <= 2**15,
+            f"--max-categories must be in 0 … {2**15}; got {self.max_categories}",
+        )
+        for model, names in _BASELINE_OPTIONS.items():
+            for name in names:
+                require(
+                    self.model == model or getattr(self, name) == getattr(BaselineConfig, name),
+                    f"--{name.replace('_', '-')} goes with --model {model}; got --model "
+                    f"{self.model}",
+                )
+
+
+_BASELINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "logistic": ("passes", "l2"),
+    "lightgbm": ("trees", "patience", "num_leaves", "max_categories"),
+}
+"""Those that one model alone takes."""
+
+
+def write_config(path: Path, config: TrainConfig | BaselineConfig, dataset: Path) -> None:
+    """Write the configuration of a run and its DATASET's place; ``dlrm train --config`` reads it.
+
+    That of a baseline says so: ``kind`` is "baseline".
+    """
     place = dataset.resolve()
     if place.is_relative_to(path.parent.resolve()):
         place = place.relative_to(path.parent.resolve())  # so that the folder can be moved
     content: Mapping[str, Any] = {
         "format_version": FORMAT_VERSION,
+        **({"kind": "baseline"} if isinstance(config, BaselineConfig) else {}),
         "dataset": str(place),
         **msgspec.to_builtins(config),
     }
@@ -464,9 +531,47 @@ def read_config(path: Path) -> tuple[TrainConfig, Path | None]:
         The configuration, and the DATASET it names, relative to the file's folder (None: none).
 
     Raises:
-        UserError: The file is missing, not TOML, of another version, or has an unknown key or a
-            wrong value.
+        UserError: The file is missing, not TOML, of another version or of a baseline, or has an
+            unknown key or a wrong value.
     """
+    config, dataset = _read_any_config(path)
+    if isinstance(config, BaselineConfig):
+        raise UserError(
+            f"{path} is of a baseline ({config.model}), which has no checkpoint: dlrm compare and "
+            "dlrm report take it, and nothing that needs a model does. Name a run that dlrm train "
+            "made."
+        )
+    return config, dataset
+
+
+def read_run_config(run: Path) -> tuple[TrainConfig, Path | None]:
+    """Read a RUN's ``config.toml``; see ``read_config``.
+
+    Raises:
+        UserError: The folder is no RUN; or as of ``read_config``.
+    """
+    return read_config(_run_config_file(run))
+
+
+def read_any_run_config(run: Path) -> tuple[TrainConfig | BaselineConfig, Path | None]:
+    """Read the ``config.toml`` of a RUN, be it a DLRM's or a baseline's.
+
+    Raises:
+        UserError: As of ``read_run_config``, but for baselines.
+    """
+    return _read_any_config(_run_config_file(run))
+
+
+def _run_config_file(run: Path) -> Path:
+    path = run / "config.toml"
+    if not path.exists():
+        raise UserError(
+            f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
+        )
+    return path
+
+
+def _read_any_config(path: Path) -> tuple[TrainConfig | BaselineConfig, Path | None]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -477,21 +582,13 @@ def read_config(path: Path) -> tuple[TrainConfig, Path | None]:
     dataset = content.pop("dataset", "")
     if not isinstance(dataset, str):
         raise UserError(f"{path}: dataset must be the path of a DATASET; got {dataset!r}.")
-    return _from_builtins(content, TrainConfig, path), path.parent / dataset if dataset else None
-
-
-def read_run_config(run: Path) -> tuple[TrainConfig, Path | None]:
-    """Read a RUN's ``config.toml``; see ``read_config``.
-
-    Raises:
-        UserError: The folder is no RUN; or as of ``read_config``.
-    """
-    path = run / "config.toml"
-    if not path.exists():
-        raise UserError(
-            f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."
-        )
-    return read_config(path)
+    kind = content.pop("kind", "dlrm")
+    if kind not in ("dlrm", "baseline"):
+        raise UserError(f"{path}: kind must be 'dlrm' or 'baseline'; got {kind!r}.")
+    place = path.parent / dataset if dataset else None
+    if kind == "baseline":
+        return _from_builtins(content, BaselineConfig, path), place
+    return _from_builtins(content, TrainConfig, path), place
 
 
 def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T:

@@ -85,6 +85,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name that was read leads to something in the very folder it is put after."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, replacing what had it; a copy where there are no hard links."""
     temporary = target.with_name(f".{target.name}.partial")
@@ -239,7 +244,7 @@ class _Versioned(msgspec.Struct):
 FORMAT_VERSION = "1.3"
 """1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET. 1.2: checksums and
 ``step-NNNNNNNNN.json`` in a RUN's checkpoints. 1.3: labels in a RUN's predictions, intervals and
-deciles in its metrics, tracking in its configuration."""
+deciles in its metrics, its kind and tracking in its configuration."""
 
 
 def check_version(found: str, path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dlrm.config import PrepareConfig, TrainConfig
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
+from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.prediction import load, predict_file
+from dlrm.report.page import write_report
 from dlrm.runs import RunResult
+from dlrm.training.begin import is_begun, train_or_resume
 from dlrm.training.events import Console
-from dlrm.training.trainer import refuse_taken, train
 
 logger = logging.getLogger("dlrm")
 
@@ -23,7 +27,9 @@ def run_all(
     train_config: TrainConfig,
     dataset: Path | None = None,
 ) -> RunResult:
-    """Prepare, train, evaluate, and predict the ``test.txt`` beside ``train.txt`` if there is one.
+    """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, write a report.
+
+    What was interrupted goes on where it stopped when it is called again in the same way.
 
     Args:
         source: Criteo's train.txt, or a folder that holds it.
@@ -33,21 +39,43 @@ def run_all(
         dataset: Where the DATASET goes, or lies already; None: ``RUN/dataset``.
 
     Raises:
-        UserError: The input or an option is wrong, or RUN is taken.
+        UserError: The input or an option is wrong, or RUN is taken, by another training too.
         EnvironmentFaultError: The disk is too small or fails, or the device is missing.
+        StoppedBySignalError: SIGINT or SIGTERM came while training.
     """
-    refuse_taken(run)
+    is_begun(run, train_config)  # what is taken is refused before the long work starts
     found = find_source(source, prepare_config)
     dataset = dataset or run / "dataset"
     test = found.files[0].path.with_name("test.txt")
     stages = [f"prepare {dataset}", f"train and evaluate in {run}"]
     if test.exists():
         stages.append(f"predict {test} into {run / 'submission.csv'}")
+    stages.append(f"describe it in {run / 'report.html'}")
     for number, stage in enumerate(stages, start=1):
         logger.info("  %d. %s", number, stage)
     prepare(source, dataset, prepare_config)
-    result = train(dataset, run, train_config, [Console()])
-    if test.exists():
-        summary = predict_file(load(run), test, run / "submission.csv")
-        logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
+    with _to_be_repeated(run):
+        result = train_or_resume(dataset, run, train_config, [Console()])
+        if test.exists():
+            summary = predict_file(load(run), test, run / "submission.csv")
+            logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
+        report = write_report(run, importance_rows=0)
+        logger.info(
+            "described the run in %s; with the importance of features: dlrm report RUN", report
+        )
     return result
+
+
+@contextmanager
+def _to_be_repeated(run: Path) -> Iterator[None]:
+    """Say of what is interrupted how to go on with all of it, the stages after training too."""
+    try:
+        yield
+    except StoppedBySignalError as error:
+        raise error.with_way_on("repeat the same command.") from None
+    except UserError:
+        raise
+    except BaseException:
+        if (run / "config.toml").exists():
+            logger.warning("%s is unfinished; the same command goes on with it", run)
+        raise

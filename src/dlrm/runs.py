@@ -16,7 +16,13 @@ import msgspec
 import torch
 
 from dlrm.checkpoint import load_weights
-from dlrm.config import Amp, TrainConfig, read_run_config
+from dlrm.config import (
+    Amp,
+    BaselineConfig,
+    TrainConfig,
+    read_any_run_config,
+    read_run_config,
+)
 from dlrm.device import available_cores
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, read_json, write_json
@@ -61,51 +67,26 @@ class RunResult:
     hardware: dict[str, str | int]
     skipped_steps: int = 0
     """Steps that moved nothing: under mixed precision a gradient was not finite."""
+    model: Literal["dlrm", "logistic", "lightgbm"] = "dlrm"
+    """What was trained: a DLRM, or which baseline."""
     format_version: str = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
-class Run:
-    """A RUN folder that exists.
+class AnyRun:
+    """A RUN folder that exists, of a DLRM or of a baseline: what all runs have.
 
     Attributes:
         path: The folder.
         schema: Of the features it was trained on.
-        config: The resolved configuration.
+        config: The resolved configuration; a ``BaselineConfig`` tells a baseline.
         dataset: The DATASET it was trained on, where it was at that time.
     """
 
     path: Path
     schema: FeatureSchema
-    config: TrainConfig
+    config: TrainConfig | BaselineConfig
     dataset: Path
-
-    @staticmethod
-    def open(path: Path) -> Run:
-        """Read a RUN's description.
-
-        Raises:
-            UserError: It is no RUN, or of another version.
-        """
-        config, dataset = read_run_config(path)
-        if dataset is None:
-            raise UserError(f"{path / 'config.toml'} names no dataset. Name it there.")
-        return Run(path, read_schema(path, "run"), config, dataset)
-
-    def checkpoint(self, which: Which) -> Path:
-        """Return where a checkpoint lies."""
-        return self.path / "checkpoints" / f"{which}.safetensors"
-
-    def load_model(self, which: Which, device: torch.device) -> DLRM:
-        """Build the model and load a checkpoint's weights into it; it is in evaluation mode.
-
-        Raises:
-            UserError: The checkpoint is missing, damaged, or of another architecture.
-        """
-        model = DLRM(self.schema, self.config.model, device=device)
-        load_weights(self.checkpoint(which), model)
-        model.eval()
-        return model
 
     def result(self) -> RunResult:
         """Read ``result.json``.
@@ -121,6 +102,23 @@ class Run:
             return msgspec.convert(content, RunResult)
         except (msgspec.ValidationError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
+
+    def log(self) -> list[dict[str, Any]]:
+        """Read the events of ``log.jsonl`` in their order; none where there is no log.
+
+        Raises:
+            UserError: A line other than the last is damaged.
+        """
+        path = self.path / "log.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        events: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                events.append(msgspec.json.decode(line, type=dict[str, Any]))
+            except msgspec.MsgspecError as error:
+                if number < len(lines):  # the last was cut off with its process
+                    raise UserError(f"{path} is damaged in line {number}: {error}.") from error
+        return events
 
     def predictions(self, split: Split) -> Predictions:
         """Open ``predictions/SPLIT.arrow``.
@@ -147,6 +145,60 @@ class Run:
     def write_result(self, result: RunResult) -> None:
         """Write ``result.json``."""
         write_json(self.path / "result.json", result)
+
+
+@dataclass(frozen=True)
+class Run(AnyRun):
+    """The RUN folder of a DLRM.
+
+    Attributes:
+        config: The resolved configuration.
+    """
+
+    config: TrainConfig
+
+    @staticmethod
+    def open(path: Path) -> Run:
+        """Read a RUN's description.
+
+        Raises:
+            UserError: It is no RUN, or of a baseline, or of another version.
+        """
+        config, dataset = read_run_config(path)
+        return Run(path, read_schema(path, "run"), config, _named(path, dataset))
+
+    def checkpoint(self, which: Which) -> Path:
+        """Return where a checkpoint lies."""
+        return self.path / "checkpoints" / f"{which}.safetensors"
+
+    def load_model(self, which: Which, device: torch.device) -> DLRM:
+        """Build the model and load a checkpoint's weights into it; it is in evaluation mode.
+
+        Raises:
+            UserError: The checkpoint is missing, damaged, or of another architecture.
+        """
+        model = DLRM(self.schema, self.config.model, device=device)
+        load_weights(self.checkpoint(which), model)
+        model.eval()
+        return model
+
+
+def open_run(path: Path) -> AnyRun:
+    """Read the description of a RUN, be it a DLRM's or a baseline's.
+
+    Raises:
+        UserError: It is no RUN, or of another version.
+    """
+    config, dataset = read_any_run_config(path)
+    if isinstance(config, TrainConfig):
+        return Run.open(path)
+    return AnyRun(path, read_schema(path, "run"), config, _named(path, dataset))
+
+
+def _named(path: Path, dataset: Path | None) -> Path:
+    if dataset is None:
+        raise UserError(f"{path / 'config.toml'} names no dataset. Name it there.")
+    return dataset
 
 
 def _null_to_nan(content: Any) -> Any:

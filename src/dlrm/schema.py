@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from dlrm.errors import UserError
-from dlrm.files import FORMAT_VERSION, read_json, write_json
+from dlrm.files import FORMAT_VERSION, is_plain_name, read_json, write_json
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -53,6 +53,10 @@ class SparseFeature:
     hash_buckets: int = 0
     """Raw values are hashed into so many ids (``data.vocabulary.hashed``), without a vocabulary; 0:
     they are not hashed."""
+
+    def takes_ids_below(self, limit: int) -> bool:
+        """Tell whether all ids below a limit are rows of its table, once they are taken modulo."""
+        return limit <= self.num_embeddings or 0 < self.id_modulus <= self.num_embeddings
 
 
 @dataclass(frozen=True)
@@ -124,4 +128,30 @@ def read_schema(folder: Path, what: str) -> FeatureSchema:
     schema = read_json(folder / "schema.json", FeatureSchema, what)
     if not schema.sparse and not schema.dense:
         raise UserError(f"{folder / 'schema.json'} names no features. Make the {what} again.")
+    for feature in schema.sparse:
+        _refuse_impossible(feature, folder / "schema.json")
     return schema
+
+
+def _refuse_impossible(feature: SparseFeature, path: Path) -> None:
+    """Refuse what would lead out of the folder or of a table; the file may be a stranger's."""
+    if feature.vocabulary and not is_plain_name(feature.vocabulary):
+        raise UserError(
+            f"{path} is damaged: {feature.name} has its vocabulary in {feature.vocabulary!r}, "
+            "expected the name of a file in vocabulary/."
+        )
+    if not (
+        0 <= feature.num_embeddings < _MOST_EMBEDDINGS
+        and -1 <= feature.other_id
+        and 0 <= min(feature.value_modulus, feature.id_modulus, feature.hash_buckets)
+        and feature.takes_ids_below(max(feature.other_id + 1, feature.hash_buckets))
+    ):
+        raise UserError(
+            f"{path} is damaged: {feature.name} has a table of {feature.num_embeddings} rows, "
+            f"other_id {feature.other_id}, hash_buckets {feature.hash_buckets} and id_modulus "
+            f"{feature.id_modulus}, which do not fit together."
+        )
+
+
+_MOST_EMBEDDINGS = 2**31
+"""Ids are stored as int32."""

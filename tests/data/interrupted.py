@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tqdm import tqdm
 
 from dlrm import cli, files
 from dlrm.config import PrepareConfig
@@ -70,6 +71,8 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             os.close(reader)
+            # A lock of this process alone: one that is killed would leave the common one held.
+            tqdm.set_lock(threading.RLock())
             _answer(request, writer)
         os.close(writer)
         said = b""
@@ -77,7 +80,7 @@ def serve() -> None:
         while True:
             wait = max(0.0, deadline - time.monotonic()) if deadline else None
             if not select.select([reader], [], [], wait)[0]:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, request.get("signal_after", signal.SIGKILL))
                 deadline = 0.0
             elif chunk := os.read(reader, 1 << 16):
                 said += chunk

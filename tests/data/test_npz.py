@@ -158,9 +158,9 @@ def npy(array: npt.NDArray[Any], *, keep: int | None = None) -> bytes:
             "its 172 bytes are not those of the shape",
         ),
         (npy(np.arange(5), keep=-1), zipfile.ZIP_DEFLATED, r"not those of the shape \(5,\)"),
-        (npy(np.arange(5), keep=20), zipfile.ZIP_DEFLATED, "its data end"),
-        (b"", zipfile.ZIP_STORED, "its data end"),
-        (b"text", zipfile.ZIP_DEFLATED, "magic string|its data end"),
+        (npy(np.arange(5), keep=20), zipfile.ZIP_DEFLATED, "EOF: reading array header"),
+        (b"", zipfile.ZIP_STORED, "EOF: reading magic string"),
+        (b"text", zipfile.ZIP_DEFLATED, "magic string"),
         (npy(np.arange(5)), zipfile.ZIP_BZIP2, "packed in a way that NumPy does not use"),
     ],
 )

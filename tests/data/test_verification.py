@@ -132,7 +132,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> Dataset:
         ),
         (
             lambda manifest: manifest["splits"]["test"]["parts"][0].update(rows=6),
-            r"part-00000\.arrow is damaged: expected 6 rows, got 7\.",
+            r"manifest\.json: expected 7 rows in the test split, got 6\.",
         ),
         (
             lambda manifest: manifest["splits"]["train"]["parts"].pop(),

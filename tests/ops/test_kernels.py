@@ -106,6 +106,13 @@ def test_mlp_forward(sizes: tuple[int, ...], rows: int, width: int) -> None:
         )
 
 
+def test_a_layer_without_inputs_gives_its_bias(width: int) -> None:
+    bias, output = torch.tensor([3.0, -2.0]), empty_panels(5, 2, width)
+    nothing = torch.empty(len(output), 0, width)
+    torch.ops.dlrm.mlp_forward(nothing, 5, [torch.zeros(2, 0)], [bias], False, [output], [])
+    assert torch.equal(plain.rows_of(output)[:5], bias.expand(5, 2))
+
+
 @pytest.mark.parametrize("rows", [1, 4, 9, 33])
 def test_a_row_has_the_same_outputs_alone_and_among_others(rows: int, width: int) -> None:
     sizes = (13, 64, 100, 1)

@@ -195,7 +195,7 @@ def test_a_taken_run_is_refused_before_anything_is_done(run: Any, tmp_path: Path
     run("--num-batches=1")
     taken = run.run_path
     with pytest.raises(UserError, match="holds a run already"):
-        run("--num-batches=1", f"--run={taken}")
+        run("--num-batches=2", f"--run={taken}")
 
 
 def test_a_missing_raw_file_is_refused(run: Any) -> None:

@@ -7,11 +7,14 @@ to preparation, and watches files with the same code.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
 import logging
 import os
+import re
+import resource
 import signal
 import sys
 import tempfile
@@ -27,11 +30,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 interrupted = importlib.import_module("interrupted")
 
-from dlrm import cli, device  # noqa: E402
+from dlrm import cli, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
-from dlrm.training import events, saving, trainer  # noqa: E402
+from dlrm.training import begin, events, saving, trainer  # noqa: E402
 from dlrm.training.events import Console, Events  # noqa: E402
 from dlrm.training.step import EagerStep  # noqa: E402
 
@@ -64,13 +67,15 @@ def train_once(dataset: Path) -> None:
     for dropout in (0.0, 0.1):
         config = TrainConfig(model=replace(model, dropout=dropout), max_steps=2)
         with tempfile.TemporaryDirectory() as folder:
-            trainer.train(dataset, Path(folder) / "run", config)
+            begin.train(dataset, Path(folder) / "run", config)
 
 
 def answer(request: dict[str, Any], said: int) -> None:
     os.dup2(said, 1)
     os.dup2(said, 2)
     os.close(said)
+    if "stdout" in request:
+        os.dup2(os.open(request["stdout"], os.O_WRONLY), 1)
     status: Any = 1
     try:
         listeners = set_up(request)
@@ -78,9 +83,9 @@ def answer(request: dict[str, Any], said: int) -> None:
             cli.main(request["command"])
         elif "config" in request:
             config = msgspec.convert(request["config"], TrainConfig)
-            trainer.train(request["dataset"], request["run"], config, listeners)
+            begin.train(request["dataset"], request["run"], config, listeners)
         else:
-            trainer.resume(request["run"], request.get("dataset"), listeners)
+            begin.resume(request["run"], request.get("dataset"), listeners)
         status = 0
     except SystemExit as end:
         status = end.code
@@ -125,6 +130,7 @@ class FullDisk:
 def set_up(request: dict[str, Any]) -> list[Events]:
     """Make it fail where a request says so."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    os.chdir(request.get("cwd", "."))
     # A flush matters when the machine stops, not the process; here it would take most of the time.
     os.fsync = lambda _: None
     if not request.get("overlap"):  # so that it is certain what is saved when it is killed
@@ -169,9 +175,68 @@ def set_up(request: dict[str, Any]) -> list[Events]:
             listeners.append(AtStep(request["full_to"], disk.empty))
         told.append(disk)
         events.open = disk.open  # type: ignore[attr-defined]
+    if "address_space" in request:  # beyond what is taken already
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + request["address_space"],) * 2)
+    if "fault_at" in request:
+        fault = Fault(request["fault_at"], request["fault"], request.get("disk"))
+        told.append(fault)
+        on_each_step(listeners, fault)
+        score = evaluation.score
+
+        def score_watched(*arguments: Any) -> Any:
+            fault("before", "score", "")
+            return score(*arguments)
+
+        evaluation.score = score_watched  # type: ignore[assignment]
     if told:
         watch(request["run"], told)
     return listeners
+
+
+def on_each_step(listeners: list[Events], fault: Fault) -> None:
+    class EachStep(Events):
+        def on_step(self, position: Position, samples: int) -> None:
+            fault("after", "step", str(position.total_steps))
+
+    listeners.append(EachStep())
+
+
+class Fault:
+    """Lets something happen at the first event that a pattern matches.
+
+    Args:
+        pattern: Of events: the moment, the operation, the file.
+        kind: A signal; or "disk full"; or "out of memory".
+        disk: A small file system, which is filled; None: no write works any more.
+    """
+
+    def __init__(self, pattern: str, kind: str, disk: str | None) -> None:
+        self._pattern = re.compile(pattern)
+        self._kind = kind
+        self._disk = disk
+        self._happened = False
+
+    def __call__(self, moment: str, operation: str, path: str) -> None:
+        if not self._happened and self._pattern.search(f"{moment} {operation} {path}"):
+            self._happened = True
+            if self._kind in signal.Signals.__members__:
+                os.kill(os.getpid(), signal.Signals[self._kind])
+            elif self._kind == "out of memory":
+                raise MemoryError("not enough for this")
+            elif self._disk:
+                fill(Path(self._disk) / "ballast")
+        if self._happened and self._kind == "disk full" and not self._disk:
+            if operation in ("write", "mkdir", "link"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill(ballast: Path) -> None:
+    with contextlib.suppress(OSError), io.FileIO(ballast, "w") as file:
+        for size in (1 << 16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
 
 
 def watch(run: str, tell: list[Any]) -> None:

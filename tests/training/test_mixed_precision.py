@@ -23,10 +23,10 @@ from dlrm.prediction import load
 from dlrm.runs import Run
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 from dlrm.seed_table import describe
+from dlrm.training.begin import train
 from dlrm.training.events import Console
 from dlrm.training.optimizer import Optimizer
 from dlrm.training.step import EagerStep, choose_step
-from dlrm.training.trainer import train
 
 ROWS = (50, 3, 9)
 MODEL = ModelConfig(embedding_dim=16, dense_arch_layer_sizes=(8, 16), over_arch_layer_sizes=(8, 1))

@@ -17,9 +17,9 @@ from dlrm.errors import UserError
 from dlrm.evaluation import evaluate
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+from dlrm.training.begin import train
 from dlrm.training.optimizer import Optimizer
 from dlrm.training.step import EagerStep, choose_step
-from dlrm.training.trainer import train
 
 Rule = Literal["sgd", "adagrad", "rowwise_adagrad"]
 ROWS = (50, 3, 7)

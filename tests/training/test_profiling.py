@@ -11,8 +11,8 @@ import pytest
 from dlrm.config import ModelConfig, OptimizerConfig, TrainConfig
 from dlrm.data.dataset import Dataset
 from dlrm.errors import UserError
+from dlrm.training.begin import train
 from dlrm.training.profiling import PARTS, RECORDED_STEPS
-from dlrm.training.trainer import train
 
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
 CONFIG = TrainConfig(model=MODEL, mini_batch_size=64, test_freq=-1)

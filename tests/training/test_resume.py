@@ -38,6 +38,7 @@ from dlrm.training.saving import Checkpoints
 from dlrm.training.step import EagerStep
 
 KILLED = -9
+STOPPED = 4  # of the driver, for a StoppedBySignalError
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
 # 41 steps a pass, of which the last is short. Reports, evaluations and checkpoints fall apart.
 CONFIG = TrainConfig(
@@ -793,11 +794,44 @@ def test_training_goes_on_while_a_copy_is_written_and_waits_where_memory_is_shor
     assert names == {f"step-{step:09}.safetensors" for step in (4, 8, 12, 14)}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hundred_kills(warm: Warm, dataset: Path, tmp_path: Path, kind: str, plain: bool) -> None:
-    """2,000 steps; each process is killed after some steps, or after some time, wherever it is."""
+def test_stopped_by_sigterm_at_random_steps_it_ends_as_if_it_had_not_been(
+    warm: Warm, dataset: Path, tmp_path: Path, kind: str, plain: bool
+) -> None:
+    config = replace(CONFIG, **KINDS[kind])
+    expected = whole(warm, tmp_path / "whole", dataset, config=config, plain=plain, overlap=True)
+    run = tmp_path / "run"
+    generator = random.Random(f"{kind} {plain}")
+    total, first = 0, {"dataset": dataset, "config": config}
+    for _ in range(4):
+        step = generator.randint(1, 25)
+        answer = warm(run, plain=plain, overlap=True, term_at_step=step, **first)
+        total, first = total + step, {}
+        assert answer.status == STOPPED, answer.said
+        assert f"stopped by SIGTERM after step {total}; step {total} is saved" in answer.said
+    answer = warm(run, plain=plain, overlap=True)
+    assert answer.status == 0, answer.said
+    assert_equal_but_for_older_checkpoints(run, expected)
+
+
+LONG_SETS = [("SIGKILL", KILLED), ("SIGTERM", STOPPED)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("signal_name", "status"), LONG_SETS, ids=[name for name, _ in LONG_SETS])
+@pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_signals(
+    warm: Warm,
+    dataset: Path,
+    tmp_path: Path,
+    kind: str,
+    plain: bool,
+    signal_name: str,
+    status: int,
+) -> None:
+    """2,000 steps; each process gets a signal after some steps, or after some time, anywhere."""
     config = replace(
         CONFIG, mini_batch_size=16, epochs=20, max_steps=2000, test_freq=50, **KINDS[kind]
     )
@@ -805,18 +839,28 @@ def test_a_hundred_kills(warm: Warm, dataset: Path, tmp_path: Path, kind: str, p
     assert expected["result"]["train_steps"] == 2000
     run = tmp_path / "run"
     generator = random.Random(kind)
-    kills: Counter[str] = Counter()
-    answer = warm(run, dataset, config=config, plain=plain, overlap=True, kill_at_step=1)
-    assert answer.status == KILLED
-    kills["step"] += 1
-    while kills.total() < 100:
-        if kills.total() % 2:
-            how, when = "step", {"kill_at_step": generator.randint(5, 35)}
+    at_step = {"SIGKILL": "kill_at_step", "SIGTERM": "term_at_step"}[signal_name]
+    number = signal.Signals[signal_name]
+    # Of what SIGTERM stops nothing is lost, so that all of 100 fit into fewer steps each.
+    lost = number == signal.SIGKILL
+    sent: Counter[str] = Counter()
+    answer = warm(run, dataset, config=config, plain=plain, overlap=True, **{at_step: 1})
+    assert answer.status == status
+    sent["step"] += 1
+    while sent.total() < 100:
+        if sent.total() % 2:
+            how, when = "step", {at_step: generator.randint(5, 35 if lost else 15)}
         else:
-            how, when = "time", {"kill_after": generator.uniform(0.05, 0.25)}
+            after = generator.uniform(0.05, 0.25) if lost else generator.uniform(0.0, 0.06)
+            how, when = "time", {"kill_after": after, "signal_after": number}
         answer = warm(run, plain=plain, overlap=True, **when)
-        assert answer.status == KILLED, answer.said
-        kills[how] += 1
+        # Before and after it trains, SIGTERM ends a process that has no handler for it.
+        assert answer.status in (status, -number), answer.said
+        sent[how] += 1
+    assert sent["step"] >= 50
     answer = warm(run, plain=plain, overlap=True)
     assert answer.status == 0, answer.said
-    assert_equal(run, expected)
+    if lost:
+        assert_equal(run, expected)
+    else:
+        assert_equal_but_for_older_checkpoints(run, expected)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from dlrm.metrics import compute_metrics
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.loss import mean_loss
 from dlrm.runs import Run
+from dlrm.training.begin import train
 from dlrm.training.events import Evaluation, Events, Report, Start, Stop
-from dlrm.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -423,3 +424,37 @@ def test_what_is_no_configuration_is_refused(dataset: Path, tmp_path: Path) -> N
         PrepareConfig(shuffle="foo")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="there is no split 'foo'"):
         evaluate(tmp_path / "run", "foo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_checkpoint_of_an_older_format_is_continued_from(tmp_path: Path, version: str) -> None:
+    """After 4 steps of 8 rows; 1.0 and 1.1 have no checksum, and nothing beside them."""
+    here = Path(__file__).parent
+    old = here / f"fixtures/checkpoint-{version}.safetensors"
+    data = here.parent / "data/fixtures/dataset-1.0"
+    config = TrainConfig(
+        model=ModelConfig(embedding_dim=2, dense_arch_layer_sizes=(2,), over_arch_layer_sizes=(1,)),
+        optimizer=OptimizerConfig("adagrad", 0.01),
+        mini_batch_size=8,
+        epochs=2,
+        max_steps=7,
+    )
+    result = train(data, tmp_path / "run", replace(config, continue_from=str(old)))
+    assert result.train_steps == 3
+    # As if all seven steps had been taken by this version: the bits are those of this machine.
+    train(data, tmp_path / "whole", config)
+    names = ("run", "whole")
+    with contextlib.ExitStack() as stack:
+        found, expected = (
+            stack.enter_context(
+                safe_open(tmp_path / name / "checkpoints/newest.safetensors", framework="pt")
+            )
+            for name in names
+        )
+        assert set(found.keys()) == set(expected.keys())
+        for name in found.keys():
+            torch.testing.assert_close(found.get_tensor(name), expected.get_tensor(name))
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(old.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        train(data, tmp_path / "other", replace(config, continue_from=str(damaged)))

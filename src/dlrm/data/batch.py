@@ -102,6 +102,18 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> None:
         )
 
 
+def transform_dense(dense: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Return log(float32(x) + 1) of stored dense values: the schema's ``log1p``."""
+    # The reference's transform (dlrm_data_pytorch.py, collate_wrapper_criteo_offset) in float32;
+    # log1p would differ in the last bit. NumPy stays in the calling thread: torch.log starts a team
+    # of threads for the loader, and with more threads than cores OpenMP no longer lets those of
+    # the training step spin between operators, which halves its speed.
+    dense_features = dense.astype(np.float32, order="C")
+    dense_features += 1
+    np.log(dense_features, out=dense_features)
+    return dense_features
+
+
 def make_batch(
     schema: FeatureSchema,
     dense: npt.NDArray[np.int32],
@@ -118,13 +130,7 @@ def make_batch(
         ids: (B, F), each below its table's rows, or -1.
         labels: (B,) zeros and ones, or None.
     """
-    # The reference's transform (dlrm_data_pytorch.py, collate_wrapper_criteo_offset) in float32;
-    # log1p would differ in the last bit. NumPy stays in the calling thread: torch.log starts a team
-    # of threads for the loader, and with more threads than cores OpenMP no longer lets those of
-    # the training step spin between operators, which halves its speed.
-    dense_features = dense.astype(np.float32, order="C")
-    dense_features += 1
-    np.log(dense_features, out=dense_features)
+    dense_features = transform_dense(dense)
     sparse_features = ids.astype(np.int64, order="C")
     unknown = bool(ids.size) and bool(ids.min() < 0)
     if any(feature.id_modulus for feature in schema.sparse):

@@ -28,6 +28,7 @@ from dlrm.files import (
     atomic_write,
     environment_faults,
     flush_folder,
+    is_plain_name,
     link_or_copy,
     locked,
     read_json,
@@ -199,7 +200,26 @@ class Dataset:
                 raise UserError(
                     f"{path / 'manifest.json'} has no split {split}. Prepare the dataset again."
                 )
-            for part in manifest.splits[split].parts:
+            stored = manifest.splits[split]
+            rows = sum(part.rows for part in stored.parts)
+            if stored.rows != rows:
+                raise UserError(
+                    f"{path / 'manifest.json'}: expected {stored.rows} rows in the {split} split, "
+                    f"got {rows}. Prepare the dataset again."
+                )
+            for part in stored.parts:
+                folder, _, name = part.file.partition("/")
+                # Rows are stored uncompressed, so that there are no more than fit into the file.
+                if (
+                    folder != split
+                    or not is_plain_name(name)
+                    or not 0 <= part.rows * row_bytes(schema) <= part.bytes
+                ):
+                    raise UserError(
+                        f"{path / 'manifest.json'} is damaged: {part.file!r} with {part.rows} rows "
+                        f"in {part.bytes} bytes cannot be a part of {split}. Prepare the dataset "
+                        "again."
+                    )
                 file = path / part.file
                 size = file.stat().st_size if file.is_file() else None
                 if size != part.bytes:
@@ -235,9 +255,15 @@ class Dataset:
             num_batches: Stop after so many batches; 0: at the end of the split.
 
         Raises:
-            UserError: A part is missing or damaged.
+            UserError: A part is missing or damaged, or the schema is that of other tables.
             EnvironmentFaultError: The disk fails.
         """
+        for ours, theirs in zip(self.schema.sparse, (schema or self.schema).sparse, strict=True):
+            if not theirs.takes_ids_below(ours.num_embeddings):
+                raise UserError(
+                    f"{self.path} has {ours.num_embeddings} ids of {ours.name}, and the model a "
+                    f"table of {theirs.num_embeddings} rows: they do not belong together."
+                )
         first = first_batch * mini_batch_size
         last = self.rows(split)
         if num_batches:
@@ -254,7 +280,7 @@ class Dataset:
         """Transform rows first … last-1, a whole number of mini-batches at a time."""
         pending: list[Rows] = []
         count = 0
-        for run in self._stored_rows(split, first, last):
+        for run in self.stored_rows(split, first, last):
             pending.append(run)
             count += len(run)
             whole = count - count % mini_batch_size
@@ -266,8 +292,13 @@ class Dataset:
         if count:
             yield _make_batch(schema, Rows.concatenate(pending))
 
-    def _stored_rows(self, split: Split, first: int, last: int) -> Iterator[Rows]:
-        """Read rows first … last-1 of a split, a record batch at a time."""
+    def stored_rows(self, split: Split, first: int, last: int) -> Iterator[Rows]:
+        """Read rows first … last-1 of a split as they are stored, a record batch at a time.
+
+        Raises:
+            UserError: A part is missing or damaged.
+            EnvironmentFaultError: The disk fails.
+        """
         position = 0
         for part in self.manifest.splits[split].parts:
             end = position + part.rows
@@ -280,6 +311,39 @@ class Dataset:
                     if position >= last:
                         return
             position = end
+
+    def spread_rows(self, split: Split, count: int) -> Iterator[Rows]:
+        """Read so many rows, evenly spread over a split, as they are stored and in their order.
+
+        Raises:
+            UserError: A part is missing or damaged.
+            EnvironmentFaultError: The disk fails.
+        """
+        total = self.rows(split)
+        position = 0
+        for run in self.stored_rows(split, 0, total):
+            # Row i is taken where i * count / total passes a whole number.
+            numbers = np.arange(position, position + len(run) + 1) * count // total
+            position += len(run)
+            chosen = np.flatnonzero(np.diff(numbers))
+            if len(chosen):
+                yield run if len(chosen) == len(run) else run[chosen]
+
+
+def in_blocks(runs: Iterable[Rows], rows: int) -> Iterator[Rows]:
+    """Return the same rows in runs of a given length; the last may be shorter."""
+    pending: list[Rows] = []
+    count = 0
+    for run in runs:
+        pending.append(run)
+        count += len(run)
+        while count >= rows:
+            joined = Rows.concatenate(pending)
+            yield joined[:rows]
+            pending = [joined[rows:]]
+            count -= rows
+    if count:
+        yield Rows.concatenate(pending)
 
 
 def _make_batch(schema: FeatureSchema, rows: Rows) -> Batch:

@@ -9,6 +9,7 @@ nothing is kept.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
@@ -27,6 +28,9 @@ from dlrm.files import environment_faults
 _CHUNK_BYTES = 64 << 10
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 1
+_LARGEST_HEADER = 12 + 10_000
+_DEFLATED_TO = 1032
+"""What deflate makes of a byte at most."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +139,20 @@ def _open_array(path: Path, file: IO[bytes], name: str, entry: zipfile.ZipInfo) 
         entry.CRC,
         entry.compress_type == zipfile.ZIP_DEFLATED,
     )
-    data = _Data(file, member)
+    # Before memory is taken for what it claims to hold.
+    largest = member.packed_size * (_DEFLATED_TO if member.is_deflated else 1)
+    if member.offset + member.packed_size > file.seek(0, 2) or member.size > largest:
+        raise ValueError(f"{member.size} bytes cannot be packed in the file's")
+    # As much of it as NumPy takes a header to be at most, whatever length it names.
+    data = io.BytesIO(_Data(file, member).read(min(member.size, _LARGEST_HEADER)))
     version = np.lib.format.read_magic(data)
     if version == (1, 0):
         shape, is_by_column, dtype = np.lib.format.read_array_header_1_0(data)
     else:
         shape, is_by_column, dtype = np.lib.format.read_array_header_2_0(data)
-    if (
-        data.position + math.prod(shape) * dtype.itemsize != member.size
-        or min(shape, default=0) < 0
-    ):
+    if data.tell() + math.prod(shape) * dtype.itemsize != member.size or min(shape, default=0) < 0:
         raise ValueError(f"its {member.size} bytes are not those of the shape {shape}")
-    return NpzArray(
-        path, name, shape, dtype, is_by_column and len(shape) > 1, member, data.position
-    )
+    return NpzArray(path, name, shape, dtype, is_by_column and len(shape) > 1, member, data.tell())
 
 
 @contextmanager

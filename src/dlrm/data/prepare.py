@@ -59,6 +59,7 @@ from dlrm.data.splits import (
     permutation_bytes,
 )
 from dlrm.data.spool import Spool
+from dlrm.data.synthetic import truth_of
 from dlrm.data.verification import verify
 from dlrm.data.work import Inputs, Work, as_source, find_differences
 from dlrm.device import available_cores
@@ -381,11 +382,21 @@ class _Preparation:
         assert sum(each.clicks for each in splits.values()) == sum(days.clicks)
         with _stage("verify"):
             verify(Dataset(self.work.dataset, schema, manifest), workers=self.workers)
+        self._keep_truth(manifest)
         try:
             publish(self.work.dataset, self.dataset, schema, manifest, overwrite=self.overwrite)
         except UserError as error:  # something was put there meanwhile
             raise _MendableError(str(error)) from error
         self.work.remove()
+
+    def _keep_truth(self, manifest: Manifest) -> None:
+        """Put the truth of made-up rows beside them, where it is that of their splits."""
+        if len(self.source.files) != 1 or manifest.rows_rejected or manifest.rows_dropped:
+            return
+        rows, clicks = sum(manifest.days), sum(manifest.day_clicks)
+        truth = truth_of(self.source.files[0].path, rows, clicks)
+        if truth and truth.test.samples == manifest.splits["test"].rows:
+            write_json(self.work.dataset / "truth.json", truth)
 
     def _days(self, spool: Spool) -> _Days:
         """Cut the rows into days and splits, unless that was done before segments were removed."""

@@ -466,6 +466,22 @@ def synthesize(directory: Path | str, config: SynthesizeConfig) -> Truth:
         return _finished(directory, config) or _write(directory, config)
 
 
+def truth_of(train: Path, rows: int, clicks: int) -> Truth | None:
+    """Return what is known of a train.txt that ``synthesize`` wrote; None of any other file.
+
+    Args:
+        train: The file; a ``truth.json`` beside it may be of it.
+        rows: How many rows it has.
+        clicks: Those with label 1.
+    """
+    try:
+        truth = read_json(train.with_name("truth.json"), Truth, "set of made-up data")
+    except (UserError, OSError):  # none, or somebody else's
+        return None
+    is_same = (truth.rows, round(truth.click_rate * truth.rows)) == (rows, clicks)
+    return truth if is_same and train.name == "train.txt" else None
+
+
 _DATA_FILES = ("train.txt", "test.txt", "probabilities.arrow", "test_probabilities.arrow")
 
 

@@ -160,7 +160,15 @@ class Encoder:
                 vocabularies.append(None)
                 continue
             path = folder / "vocabulary" / feature.vocabulary
-            vocabularies.append(Vocabulary.read(path))
+            vocabulary = Vocabulary.read(path)
+            vocabularies.append(vocabulary)
+            ids = vocabulary.ids
+            if ids.min(initial=0) < 0 or not feature.takes_ids_below(int(ids.max(initial=-1)) + 1):
+                raise UserError(
+                    f"{path} is damaged: its ids are {ids.min()} … {ids.max()}, and the table of "
+                    f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
+                    "train the run again."
+                )
             if (found := sha256(path)) != feature.vocabulary_sha256:
                 raise UserError(
                     f"{path} does not belong to {folder / 'schema.json'}: its SHA-256 is {found}, "

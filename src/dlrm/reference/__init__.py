@@ -5,8 +5,10 @@ The only place that knows the old flags. ``docs/reference.md`` says how it diffe
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
+from dlrm.errors import StoppedBySignalError
 from dlrm.reference.request import Request, parse
 
 __all__ = ["Request", "main", "parse"]
@@ -15,15 +17,24 @@ __all__ = ["Request", "main", "parse"]
 def main(arguments: Sequence[str]) -> None:
     """Run a command line of the reference: prepare, train and test as it would.
 
+    One that was interrupted while it trained goes on when it is given again.
+
     Args:
         arguments: Everything after ``dlrm reference``.
 
     Raises:
         UserError: A flag is unknown, refused or wrong, or an input file is.
         EnvironmentFaultError: The disk or the device fails.
+        StoppedBySignalError: SIGINT or SIGTERM came while training.
         SystemExit: Help was asked for (0).
     """
     request = parse(arguments)
     from dlrm.reference.runner import run  # torch waits until it is needed, so that help is quick
 
-    run(request)
+    try:
+        run(request)
+    except StoppedBySignalError as error:
+        command = ["dlrm", "reference", *arguments]
+        if not any(argument.partition("=")[0] == "--run" for argument in arguments):
+            command.append(f"--run={request.run}")
+        raise error.with_way_on(shlex.join(command)) from None

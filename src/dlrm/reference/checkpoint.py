@@ -7,6 +7,7 @@ K of the dense and the over arch. The optimizer numbers parameters in that order
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ def convert(
             # The reference's row-wise Adagrad calls a table's accumulator its momentum.
             if kind in ("sum", "momentum"):
                 ours = "row_sum" if kind == "momentum" else "sum"
+                shape = shapes[name][:1] if kind == "momentum" else shapes[name]
+                if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                    raise UserError(
+                        f"{checkpoint.path} is damaged: the {kind} of {theirs[name]} is expected "
+                        f"to have shape {shape}, got {getattr(value, 'shape', value)!r}."
+                    )
                 tensors[f"optimizer.{name}.{ours}"] = value
     position = Position(
         checkpoint.epoch,
@@ -200,6 +207,7 @@ def _load(path: Path) -> Any:
         np.dtype,
         *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64")),
     ]
+    _refuse_packed(path)
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -214,6 +222,24 @@ def _load(path: Path) -> Any:
             f"than tensors and numbers, which is never loaded ({type(error).__name__}: {reason}). "
             "Name a file that the reference's --save-model wrote."
         ) from error
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse a ``.pt`` that unpacks into more than its size; torch stores its tensors unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return  # missing, damaged, or of the older format, which torch tells
+    if (
+        any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        or sum(entry.file_size for entry in entries) > path.stat().st_size
+    ):
+        raise UserError(
+            f"{path} cannot be read as a checkpoint of the reference: what is in it is packed, or "
+            "claims to be larger than the file, which torch.save never writes. Name a file that "
+            "the reference's --save-model wrote."
+        )
 
 
 def _optimizer_name(

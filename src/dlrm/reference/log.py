@@ -6,19 +6,28 @@ import math
 import sys
 import time
 
+import msgspec
 from tqdm import tqdm
 
 from dlrm.checkpoint import Position
 from dlrm.metrics import Metrics
 from dlrm.reference.checkpoint import ReferenceCheckpoint, write_checkpoint
 from dlrm.reference.request import Request
-from dlrm.training.events import Console, Evaluation, Events, Report, Start
+from dlrm.training.events import Console, Evaluation, Events, Report, Start, logged
 
 
 def say(line: str) -> None:
     """Print a line to standard output at once, without tearing a progress bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+class _Tested(msgspec.Struct):
+    """The metrics by which a test is the best."""
+
+    accuracy: float
+    auc: float | None
+    """None: it was undefined, which JSON has no number for."""
 
 
 class ReferenceLog(Events):
@@ -42,12 +51,16 @@ class ReferenceLog(Events):
         self._best_auc = (loaded.test_auc if loaded else None) or 0.0
 
     def on_start(self, start: Start) -> None:
-        """Say where a run continues that was saved with other batches."""
+        """Say where a run continues, and what was best before it was interrupted."""
         if self._loaded_batches not in (0, start.steps_per_epoch):
             say(
                 f"# note: the loaded model was saved with {self._loaded_batches} batches an epoch, "
                 f"and an epoch has {start.steps_per_epoch} now"
             )
+        if start.resumed:
+            say(f"# note: it goes on after step {start.position.total_steps}")
+            for evaluation in logged(self._request.run / "log.jsonl", "evaluation"):
+                self._count(msgspec.convert(evaluation["metrics"], _Tested))
         say("time/loss/accuracy (if enabled):")
 
     def on_report(self, report: Report) -> None:
@@ -85,8 +98,7 @@ class ReferenceLog(Events):
         is_best = not (
             metrics.auc <= self._best_auc if mlperf else metrics.accuracy <= self._best_accuracy
         )
-        self._best_accuracy = max(self._best_accuracy, metrics.accuracy)
-        self._best_auc = max(self._best_auc, metrics.auc)  # in this order NaN does not stick
+        self._count(_Tested(metrics.accuracy, metrics.auc))
         accuracy, best = metrics.accuracy * 100, self._best_accuracy * 100
         if mlperf:
             say(
@@ -98,6 +110,11 @@ class ReferenceLog(Events):
         else:
             say(f" accuracy {accuracy:3.3f} %, best {best:3.3f} %")
         return is_best
+
+    def _count(self, tested: _Tested) -> None:
+        self._best_accuracy = max(self._best_accuracy, tested.accuracy)
+        if tested.auc is not None:
+            self._best_auc = max(self._best_auc, tested.auc)  # in this order NaN does not stick
 
     def _save(self, evaluation: Evaluation) -> None:
         assert self._request.save_model is not None

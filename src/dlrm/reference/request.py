@@ -6,12 +6,12 @@ import dataclasses
 import re
 import shlex
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dlrm.config import PrepareConfig, Shuffle, TrainConfig
+from dlrm.config import PrepareConfig, Shuffle, TrainConfig, read_run_config
 from dlrm.errors import UserError
 from dlrm.reference.flags import FLAGS, read_flags
 
@@ -95,7 +95,6 @@ def parse(arguments: Sequence[str]) -> Request:
     values = values | {key: FLAGS[key].default for key in idle}
 
     source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
-    run = Path(values["run"]) if values["run"] else _free_run()
     settings = _settings(values)
     if source.suffix == ".npz":
         # Its rows are chosen and its values numbered already: only ids can be taken modulo.
@@ -107,13 +106,19 @@ def parse(arguments: Sequence[str]) -> Request:
     settings["selection_split"] = "test"
     if settings["evaluation_batch_size"] < 0:
         settings["evaluation_batch_size"] = settings["mini_batch_size"]
-    if values["load_model"]:
-        settings["continue_from"] = str(run / "initial.safetensors")
+
+    def training(run: Path) -> TrainConfig:
+        initial = str(run / "initial.safetensors") if values["load_model"] else ""
+        return _build(TrainConfig, {**settings, "continue_from": initial})
 
     try:
+        if values["run"]:
+            run = Path(values["run"])
+        else:
+            run = _free_run(None if values["inference_only"] else training, dataset)
         return Request(
             prepare=_build(PrepareConfig, prepare_settings),
-            train=_build(TrainConfig, settings),
+            train=training(run),
             source=source,
             dataset=dataset,
             run=run,
@@ -164,11 +169,25 @@ def _data_paths(raw: str, processed: str) -> tuple[Path, Path]:
     return Path(raw), dataset
 
 
-def _free_run() -> Path:
-    number = 1
+def _free_run(training: Callable[[Path], TrainConfig] | None, dataset: Path) -> Path:
+    """Return the RUN to make: the newest, if it is just this training and was interrupted."""
+    newest, number = None, 1
     while (run := Path("runs") / f"reference-{number:03d}").exists():
-        number += 1
+        newest, number = run, number + 1
+    if newest and training and _is_interrupted(newest, training(newest), dataset):
+        return newest
     return run
+
+
+def _is_interrupted(run: Path, config: TrainConfig, dataset: Path) -> bool:
+    # A model that was only imported has no log.
+    if (run / "result.json").exists() or not (run / "log.jsonl").exists():
+        return False
+    try:
+        begun, place = read_run_config(run)
+    except UserError:
+        return False
+    return begun == config and place is not None and place.resolve() == dataset.resolve()
 
 
 def _optional_path(text: str) -> Path | None:

@@ -20,7 +20,7 @@ from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpo
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
-from dlrm.training.trainer import refuse_taken, train
+from dlrm.training.begin import is_begun, refuse_taken, train_or_resume
 
 
 def run(request: Request) -> None:
@@ -38,7 +38,10 @@ def run(request: Request) -> None:
 
 def _run(request: Request) -> None:
     # What can be refused is refused before the long work starts.
-    refuse_taken(request.run)
+    if request.inference_only:
+        refuse_taken(request.run)
+    else:
+        is_begun(request.run, request.train)
     find_source(request.source, request.prepare)
     if request.save_model and not request.save_model.parent.is_dir():
         raise UserError(
@@ -59,7 +62,7 @@ def _run(request: Request) -> None:
     test_batches = math.ceil(data.rows("test") / request.train.evaluation_batch_size)
     log = ReferenceLog(request, test_batches, loaded)
     if loaded is None:
-        train(request.dataset, request.run, request.train, [ProgressBar(), log])
+        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
     elif request.inference_only:
         _import(loaded, request, data)
         announce_loaded(loaded, request.mlperf_logging)
@@ -107,14 +110,15 @@ def _continue(
 ) -> None:
     say(f"Loading saved model {loaded.path}")
     initial = Path(request.train.continue_from)
-    schema = data.schema.with_max_ind_range(request.train.max_ind_range)
-    converted = convert(loaded, schema, request.train.model)
-    with environment_faults(f"write to {request.run}"):
-        request.run.mkdir(parents=True, exist_ok=True)
     try:
-        save_checkpoint(initial, *converted)
+        if not is_begun(request.run, request.train):
+            schema = data.schema.with_max_ind_range(request.train.max_ind_range)
+            converted = convert(loaded, schema, request.train.model)
+            with environment_faults(f"write to {request.run}"):
+                request.run.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(initial, *converted)
         announce_loaded(loaded, request.mlperf_logging)
-        train(request.dataset, request.run, request.train, [ProgressBar(), log])
+        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
     finally:
         if not (request.run / "config.toml").exists():  # refused before it began
             initial.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dlrm.checkpoint import Position
 from dlrm.config import TrainConfig
+from dlrm.errors import UserError
 from dlrm.files import environment_faults
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
@@ -278,6 +279,19 @@ class JsonLines(AppendedLog):
     def _write(self, event: str, content: dict[str, Any]) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
         self._append(msgspec.json.encode({"event": event, "seconds": seconds} | content))
+
+
+def logged(path: Path, event: str) -> list[dict[str, Any]]:
+    """Read the events of a kind that a ``log.jsonl`` holds, in order.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    try:
+        lines = [msgspec.json.decode(line, type=dict) for line in path.read_bytes().splitlines()]
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Train again.") from error
+    return [line for line in lines if line.get("event") == event]
 
 
 class Console(Events):

@@ -1,7 +1,8 @@
 """SGD, Adagrad and row-wise Adagrad: a step touches only the table rows of its batch.
 
-Dense weights go through torch.optim. The tables' rules are here, since torch.optim has no
-row-wise Adagrad and spends more on its sparse tensors than the update costs.
+Dense weights go through torch.optim's functions; its classes import a compiler when they are
+made, which takes seconds. The tables' rules are here, since torch.optim has no row-wise Adagrad and
+spends more on its sparse tensors than the update costs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adagrad import adagrad
+from torch.optim.sgd import sgd
 
 from dlrm.config import OptimizerConfig
 from dlrm.errors import UserError
@@ -73,10 +76,10 @@ class Optimizer:
             for name, parameter in model.named_parameters()
             if parameter is not model.sparse_arch.arena
         }
-        rule = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adagrad
-        self._dense_optimizer: torch.optim.Optimizer = rule(
-            self._dense.values(), lr=config.learning_rate
-        )
+        self._sums: dict[Tensor, Tensor] = {}  # of a dense weight's squared gradients
+        if config.optimizer != "sgd":
+            for parameter in self._dense.values():
+                self._sums[parameter] = torch.zeros_like(parameter, requires_grad=False)
         arena = model.sparse_arch.arena
         self.accumulator: Tensor | None = None
         if config.optimizer == "adagrad":
@@ -92,10 +95,9 @@ class Optimizer:
         if self.config.optimizer == "sgd":
             return [], []
         layers = [layer for layer in mlp.layers if isinstance(layer, nn.Linear)]
-        state = self._dense_optimizer.state
         return (
-            [state[layer.weight]["sum"] for layer in layers],
-            [state[layer.bias]["sum"] for layer in layers],
+            [self._sums[layer.weight] for layer in layers],
+            [self._sums[layer.bias] for layer in layers],
         )
 
     def fuse_tables(self) -> None:
@@ -113,7 +115,8 @@ class Optimizer:
         self.steps += 1
         if self._fused is not None:
             self._fused.set_rate(rate)
-        self._dense_optimizer.zero_grad()
+        for parameter in self._dense.values():
+            parameter.grad = None
         self._sparse_arch.forget_gradient()
 
     @property
@@ -131,13 +134,39 @@ class Optimizer:
         Returns:
             True: that is how a caller knows that a gradient scaler has not skipped it.
         """
-        for group in self._dense_optimizer.param_groups:
-            group["lr"] = rate
-        self._dense_optimizer.step()
+        self._step_dense(rate)
         gradient = self._sparse_arch.gradient()
         if gradient is not None:
             self._step_tables(*gradient, rate)
         return True
+
+    def _step_dense(self, rate: float) -> None:
+        moved: list[Tensor] = [each for each in self._dense.values() if each.grad is not None]
+        gradients = [each.grad for each in moved if each.grad is not None]
+        if self._sums:
+            adagrad(
+                moved,
+                gradients,
+                [self._sums[each] for each in moved],
+                [torch.zeros(()) for _ in moved],  # steps, which a decay of its own would count
+                lr=rate,
+                weight_decay=0.0,
+                lr_decay=0.0,
+                eps=EPSILON,
+                maximize=False,
+            )
+        else:
+            sgd(
+                moved,
+                gradients,
+                [None] * len(moved),
+                lr=rate,
+                weight_decay=0.0,
+                momentum=0.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
     def _step_tables(self, rows: Tensor, gradients: Tensor, rate: float) -> None:
         """Update the arena.
@@ -182,9 +211,9 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Return ``NAME.sum``, or ``NAME.row_sum`` with one number a row; nothing for SGD."""
         state = {
-            f"{name}.sum": self._dense_optimizer.state[parameter]["sum"]
+            f"{name}.sum": self._sums[parameter]
             for name, parameter in self._dense.items()
-            if "sum" in self._dense_optimizer.state[parameter]
+            if parameter in self._sums
         }
         if self.accumulator is not None:
             kind = "row_sum" if self.accumulator.dim() == 1 else "sum"

@@ -298,7 +298,7 @@ class Saver:
     At a step's end everything is copied, and a thread writes the copy. Where memory is short of
     that one copy, the training waits instead. A full disk does not end it.
 
-    Leave it as a context, so that no save is cut off.
+    Leave it as a context, so that no save is cut off and the copy's memory is given back.
 
     Args:
         checkpoints: Where they go.
@@ -323,6 +323,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Progress, BaseException | None] | None = None
         self._was_short = False
+        self._room: Tensors | None = None
+        self._touching: threading.Thread | None = None
+        self._touched_enough = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -338,6 +341,39 @@ class Saver:
         except UserError:
             if error is None:
                 raise
+        finally:
+            self._stop_touching()
+            self._room = None
+
+    def make_room(self, tensors: Tensors) -> None:
+        """Take the memory of the copy before the first save is due, while training goes on.
+
+        A page costs most when it is touched for the first time: for Kaggle's tables seconds, for
+        which the training would stand still.
+
+        Args:
+            tensors: Weights and optimizer state.
+        """
+        self._room = self._allocate(tensors)
+        if self._room is not None:
+            self._touching = threading.Thread(
+                target=self._touch, args=(self._room,), name="make room"
+            )
+            self._touching.start()
+
+    def _touch(self, room: Tensors) -> None:
+        for tensor in room.values():
+            content = tensor.view(-1).view(torch.uint8).numpy()
+            for start in range(0, len(content), _TOUCHED_BYTES):
+                if self._touched_enough.is_set():
+                    return
+                content[start : start + _TOUCHED_BYTES : _PAGE_BYTES] = 0
+
+    def _stop_touching(self) -> None:
+        if self._touching is not None:
+            self._touched_enough.set()
+            self._touching.join()
+            self._touching = None
 
     @property
     def is_busy(self) -> bool:
@@ -367,7 +403,6 @@ class Saver:
             self._thread = threading.Thread(
                 target=self._write, args=(copied, info, progress), name="save"
             )
-            del copied  # it goes when it is written
             self._thread.start()
 
     def settle(self) -> None:
@@ -407,6 +442,16 @@ class Saver:
 
     def _copy(self, tensors: Tensors) -> Tensors | None:
         """Copy everything into memory, if there is room for it."""
+        self._stop_touching()
+        if self._room is None:
+            self._room = self._allocate(tensors)
+        if self._room is not None:
+            for name, tensor in tensors.items():
+                self._room[name].copy_(tensor)
+        return self._room
+
+    def _allocate(self, tensors: Tensors) -> Tensors | None:
+        """Return memory for a copy, not touched yet, if there is room for it."""
         needed = sum(tensor.nbytes for tensor in tensors.values())
         available = available_memory()
         if needed > available - _MEMORY_LEFT:
@@ -419,13 +464,15 @@ class Saver:
                     available / 1e9,
                 )
             return None
-        copied = {}
+        room = {}
         for name, tensor in tensors.items():
-            copied[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            advise_huge_pages(copied[name])
-            copied[name].copy_(tensor)
-        return copied
+            room[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            advise_huge_pages(room[name])
+        return room
 
 
 _MEMORY_LEFT = 256 << 20
 """What a copy leaves to everybody else."""
+_TOUCHED_BYTES = 64 << 20
+"""Of the copy's memory: what is touched before it is looked whether that is still needed."""
+_PAGE_BYTES = 4096

@@ -1,4 +1,4 @@
-"""Training: the loop, and what a run leaves behind."""
+"""The training loop: steps, reports, evaluations, checkpoints, and the result."""
 
 from __future__ import annotations
 
@@ -24,25 +24,12 @@ from dlrm.checkpoint import (
     load_weights,
     read_info,
 )
-from dlrm.config import (
-    TrackingConfig,
-    TrainConfig,
-    differences,
-    read_run_config,
-    write_config,
-)
+from dlrm.config import TrackingConfig, differences
 from dlrm.data.batch import Batch
-from dlrm.data.dataset import Dataset, copy_description
-from dlrm.device import (
-    memory_faults,
-    open_device,
-    random_state,
-    set_random_state,
-    synchronize,
-)
+from dlrm.data.dataset import Dataset
+from dlrm.device import random_state, set_random_state
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
-from dlrm.files import environment_faults, locked
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.predictions import PredictionsWriter
 from dlrm.runs import (
@@ -52,7 +39,7 @@ from dlrm.runs import (
     peak_memory_bytes,
     versions,
 )
-from dlrm.schema import FeatureSchema, Split, read_schema
+from dlrm.schema import Split
 from dlrm.trace import part, waiting
 from dlrm.training.events import (
     TARGET_REACHED,
@@ -64,20 +51,12 @@ from dlrm.training.events import (
     Start,
     Stop,
 )
-from dlrm.training.interruption import InterruptedNow, Interruption, noted_signals
+from dlrm.training.interruption import InterruptedNow, Interruption
+from dlrm.training.meter import Meter
 from dlrm.training.mlperf import MlperfLog
 from dlrm.training.optimizer import Optimizer, learning_rate
-from dlrm.training.profiling import StepProfiler, trace_file
-from dlrm.training.saving import (
-    Checkpoints,
-    Metered,
-    Progress,
-    Saver,
-    first_not_finite,
-    tensors_of,
-)
+from dlrm.training.saving import Metered, Progress, Saver, first_not_finite, tensors_of
 from dlrm.training.step import choose_step
-from dlrm.training.tensorboard import TensorBoard
 
 logger = logging.getLogger("dlrm")
 
@@ -86,209 +65,6 @@ _NOT_TRAINING = (
     *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrackingConfig)),
 )
 """Options that change no result."""
-
-
-def train(
-    dataset: Path | str,
-    run: Path | str,
-    config: TrainConfig,
-    listeners: Sequence[Events] = (),
-    *,
-    profile: Path | str | None = None,
-) -> RunResult:
-    """Train a model on a DATASET into a new RUN folder.
-
-    At SIGINT and SIGTERM, in the main thread, the step is finished and saved.
-
-    Args:
-        dataset: A DATASET that ``prepare`` wrote.
-        run: The folder to make; it must not hold a run already.
-        config: Everything else.
-        listeners: Told of every step, report and evaluation.
-        profile: Where a trace of some steps goes: a .json or .json.gz file, or a folder.
-
-    Returns:
-        What ``RUN/result.json`` holds.
-
-    Raises:
-        UserError: An option, the dataset or a checkpoint to continue from does not fit, RUN is
-            taken, or the loss is not finite any more.
-        EnvironmentFaultError: The disk or the device fails.
-        StoppedBySignalError: A KeyboardInterrupt: SIGINT or SIGTERM came, and ``resume`` goes on.
-    """
-    started = time.perf_counter()
-    if not isinstance(config, TrainConfig):
-        raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
-    dataset, run = Path(dataset), Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
-    data = Dataset.open(dataset)
-    device = open_device(config.device, config.local_rank)
-    # Dropout draws from PyTorch's own generator, which is the caller's again afterwards.
-    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
-        refuse_taken(run)
-        schema = data.schema.with_max_ind_range(config.max_ind_range)
-        _refuse_unknown_feature(config.tracking, schema)
-        trainer = Trainer(data, Run(run, schema, config, dataset), device)
-        return _train(trainer, listeners, trace, started)
-
-
-def resume(
-    run: Path | str,
-    dataset: Path | str | None = None,
-    listeners: Sequence[Events] = (),
-    *,
-    profile: Path | str | None = None,
-) -> RunResult:
-    """Go on with the training of a RUN that was interrupted, bit for bit as if it had not been.
-
-    From its newest checkpoint; from the beginning, where it was interrupted before the first. With
-    the options of its ``config.toml``. Of a run that has ended the result is returned.
-
-    Args:
-        run: A RUN folder.
-        dataset: Where its DATASET is now; None: where it was.
-        listeners: Told of every step, report and evaluation.
-        profile: Where a trace of some steps goes: a .json or .json.gz file, or a folder.
-
-    Returns:
-        What ``RUN/result.json`` holds.
-
-    Raises:
-        UserError: It is no RUN, the dataset is another, no checkpoint is undamaged, or the loss is
-            not finite any more.
-        EnvironmentFaultError: The disk or the device fails.
-        StoppedBySignalError: A KeyboardInterrupt: SIGINT or SIGTERM came, and it can go on again.
-    """
-    started = time.perf_counter()
-    run = Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
-    config, place = read_run_config(run)
-    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
-        if (run / "result.json").exists():
-            result = Run.open(run).result()
-            logger.info("%s has ended already (%s); its result:", run, result.stopped)
-            return result
-        place = Path(dataset) if dataset else place
-        if place is None:
-            raise UserError(f"{run / 'config.toml'} names no dataset. Name it there.")
-        data = Dataset.open(place)
-        _refuse_other_features(data, run)
-        device = open_device(config.device, config.local_rank)
-        schema = data.schema.with_max_ind_range(config.max_ind_range)
-        _refuse_unknown_feature(config.tracking, schema)
-        opened = Run(run, schema, config, place)
-        checkpoints = Checkpoints(run / "checkpoints", config.keep)
-        progress = checkpoints.newest_sound()
-        if progress is None and opened.checkpoint("newest").exists():
-            raise UserError(
-                f"{opened.checkpoint('newest')} lacks what an exact resume takes: it was imported, "
-                "or saved by an older dlrm. A new run takes it with --continue-from."
-            )
-        if progress is None:
-            logger.info("%s was interrupted before its first checkpoint; it begins anew", run)
-        else:
-            logger.info("going on after step %d", progress.position.total_steps)
-            checkpoints.name(progress)
-        checkpoints.clear(progress.position.total_steps if progress else None)
-        trainer = Trainer(data, opened, device, progress)
-        return _train(trainer, listeners, trace, started)
-
-
-def _refuse_other_features(data: Dataset, run: Path) -> None:
-    """Refuse a DATASET with other features than a RUN's, before any checkpoint is read."""
-    if not (run / "schema.json").exists():
-        return  # interrupted before
-    expected = read_schema(run, "run").fingerprint
-    if data.schema.fingerprint != expected:
-        raise UserError(
-            f"{data.path} is not the DATASET that {run} was trained on: its fingerprint is "
-            f"{data.schema.fingerprint}, expected {expected}. Name the right one."
-        )
-
-
-def _refuse_unknown_feature(tracking: TrackingConfig, schema: FeatureSchema) -> None:
-    names = [feature.name for feature in schema.sparse]
-    if tracking.tensorboard_projector and tracking.tensorboard_projector not in names:
-        raise UserError(
-            f"--tensorboard-projector: there is no sparse feature "
-            f"{tracking.tensorboard_projector!r}. There are {', '.join(names)}."
-        )
-
-
-def _train(
-    trainer: Trainer, listeners: Sequence[Events], trace: Path | None, started: float
-) -> RunResult:
-    """Write what a RUN begins with, and train, evaluate and save into it."""
-    run, progress, tracking = trainer.run, trainer.progress, trainer.config.tracking
-    began = time.time() - (time.perf_counter() - started)
-    with environment_faults(f"write to {run.path}"):
-        run.path.mkdir(parents=True, exist_ok=True)
-        # First of all, so that what was interrupted later can be resumed.
-        write_config(run.path / "config.toml", run.config, run.dataset)
-        (run.path / "checkpoints").mkdir(exist_ok=True)
-    copy_description(run.dataset, run.path, run.schema)
-    size = progress.log_bytes if progress else 0
-    seconds = progress.seconds if progress else 0.0
-    started -= seconds
-    checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
-    step = progress.position.total_steps if progress else None
-    with contextlib.ExitStack() as opened:
-        log = opened.enter_context(JsonLines(run.path / "log.jsonl", size, seconds))
-        mlperf_log = None
-        own: list[Events] = [log]
-        if tracking.mlperf_logging:
-            size = progress.mlperf_log_bytes if progress else 0
-            mlperf_log = opened.enter_context(MlperfLog(run.path / "mlperf.log", size, began))
-            own.append(mlperf_log)
-        if tracking.tensorboard:
-            own.append(opened.enter_context(TensorBoard(run, trainer.data, step)))
-
-        def flush_logs() -> None:
-            log.flush()
-            if mlperf_log:
-                mlperf_log.flush()
-
-        saver = opened.enter_context(Saver(checkpoints, flush_logs, step))
-        trainer.interruption = opened.enter_context(noted_signals())
-        trainer.save_into(saver, log, mlperf_log, started)
-        trainer.listeners = (*own, *listeners)
-        if trace is None:
-            trainer.fit()
-        else:
-            with contextlib.closing(StepProfiler(trainer.model, trainer.device)) as profiler:
-                trainer.listeners = (*trainer.listeners, profiler)
-                trainer.fit()
-            profiler.write(trace)
-        return trainer.finish(started)
-
-
-def refuse_taken(run: Path) -> None:
-    """Refuse a RUN folder that holds anything but what goes into a new one: its DATASET, weights.
-
-    Raises:
-        UserError: Naming the folder.
-    """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is not a folder. Choose another RUN.")
-    if (run / "result.json").exists():
-        raise UserError(
-            f"{run} holds a run already, and it is not overwritten. Choose another folder, or "
-            "delete this one."
-        )
-    if (run / "config.toml").exists():
-        raise UserError(
-            f"{run} holds a run already that has not ended: it was interrupted, or still goes on. "
-            f"dlrm train --resume {shlex.quote(str(run))} goes on with it. Or choose another "
-            "folder, or delete this one."
-        )
-    if run.exists():
-        others = {path.name for path in run.iterdir() if not path.match(".*.partial")}
-        others -= {"dataset", "initial.safetensors"}
-        if others:
-            raise UserError(
-                f"{run} is not empty: it holds {', '.join(sorted(others)[:3])}. Choose a new "
-                "folder."
-            )
 
 
 class Trainer:
@@ -300,13 +76,19 @@ class Trainer:
             configuration.
         device: Where to compute.
         progress: Of the checkpoint in the folder that training goes on from; None: it begins.
+        started: ``time.perf_counter()`` when it was asked for; None: now.
 
     Raises:
         UserError: The checkpoint to go on or to continue from does not fit.
     """
 
     def __init__(
-        self, data: Dataset, run: Run, device: torch.device, progress: Progress | None = None
+        self,
+        data: Dataset,
+        run: Run,
+        device: torch.device,
+        progress: Progress | None = None,
+        started: float | None = None,
     ) -> None:
         self.data = data
         self.run = run
@@ -315,6 +97,7 @@ class Trainer:
         self.progress = progress
         self.listeners: Sequence[Events] = ()
         self.interruption = Interruption()
+        self._started = time.perf_counter() if started is None else started
         self._saver: Saver | None = None
 
         self.train_rows = data.rows("train")
@@ -359,12 +142,13 @@ class Trainer:
         # The newest evaluation, the step it was made at, and whether predictions were written, so
         # that the last is not made twice.
         self._evaluated: tuple[int, SplitResult, bool] | None = None
-        self._meter = _Meter(device, progress.metered if progress else Metered())
+        self._meter = Meter(device, progress.metered if progress else Metered())
         if progress:
             self._restore(progress)
 
     def _restore(self, progress: Progress) -> None:
         """Take over everything that is neither weights, optimizer state nor position."""
+        self._started -= progress.seconds
         self.first_step = progress.first_step
         if progress.best_auc is not None:
             self.best_auc = progress.best_auc
@@ -390,21 +174,22 @@ class Trainer:
                 )
         set_random_state(self.device, progress.random_state)
 
-    def save_into(
-        self, saver: Saver, log: JsonLines, mlperf_log: MlperfLog | None, started: float
-    ) -> None:
+    @property
+    def seconds(self) -> float:
+        """Since the run began, interruptions left out."""
+        return time.perf_counter() - self._started
+
+    def save_into(self, saver: Saver, log: JsonLines, mlperf_log: MlperfLog | None) -> None:
         """Save checkpoints while training, beside those that nobody asked for: there is no other.
 
         Args:
             saver: Writes them.
             log: Its size is noted in each.
             mlperf_log: The same; None: it is not written.
-            started: ``time.perf_counter()`` at the start of the run.
         """
         self._saver = saver
         self._log = log
         self._mlperf_log = mlperf_log
-        self._started = started
         self._saved_at = time.monotonic()
 
     def fit(self) -> None:
@@ -426,6 +211,8 @@ class Trainer:
         )
         for listener in self.listeners:
             listener.on_start(start)
+        if self._saver:
+            self._saver.make_room(tensors_of(self.model, self.optimizer))
         self.model.train()
         if self._evaluation_due:
             self._evaluate_and_save()
@@ -523,8 +310,8 @@ class Trainer:
         return StoppedBySignalError(
             number,
             f"stopped by {signal.Signals(number).name} after step {self.position.total_steps}; "
-            f"{'nothing' if saved is None else f'step {saved}'} is saved. To go on: dlrm train "
-            f"--resume {shlex.quote(str(self.run.path))}",
+            f"{'nothing' if saved is None else f'step {saved}'} is saved.",
+            f"dlrm train --resume {shlex.quote(str(self.run.path))}",
         )
 
     def _save_last(self) -> None:
@@ -541,19 +328,15 @@ class Trainer:
         if fault := self._save(wait=True):
             raise fault
 
-    def finish(self, started: float) -> RunResult:
-        """Evaluate validation and test, and write the result.
-
-        Args:
-            started: ``time.perf_counter()`` at the start of the run.
-        """
+    def finish(self) -> RunResult:
+        """Evaluate validation and test, and write the result."""
         try:
             with self.interruption.at_once():
-                return self._finish(started)
+                return self._finish()
         except InterruptedNow:
             raise self._stop_message() from None
 
-    def _finish(self, started: float) -> RunResult:
+    def _finish(self) -> RunResult:
         config, run = self.config, self.run
         which = config.report_checkpoint
         if which == "best" and not run.checkpoint("best").samefile(run.checkpoint("newest")):
@@ -568,7 +351,7 @@ class Trainer:
             train_samples=self.train_samples,
             train_steps=self.position.total_steps - self.first_step,
             samples_per_second=self.train_samples / max(self.train_seconds, 1e-9),
-            seconds=time.perf_counter() - started,
+            seconds=self.seconds,
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint=which,
             stopped=self.stopped,
@@ -820,7 +603,7 @@ class Trainer:
             train_loss=self.train_loss if math.isfinite(self.train_loss) else None,
             train_samples=self.train_samples,
             train_seconds=self.train_seconds,
-            seconds=time.perf_counter() - self._started,
+            seconds=self.seconds,
             skipped_steps=self.step.skipped_steps,
             stopped=self.stopped,
             evaluation_due=self._evaluation_due,
@@ -834,57 +617,3 @@ class Trainer:
         described = hardware(self.device)
         del described["cores"]
         return {**versions(), **described, "kernels": self.step.kernels}
-
-
-class _Meter:
-    """Mean loss, rows and seconds since it was made or last read.
-
-    Args:
-        device: Where the losses are.
-        metered: What it goes on from.
-    """
-
-    def __init__(self, device: torch.device, metered: Metered) -> None:
-        self._device = device
-        self._loss = torch.tensor(metered.loss, dtype=torch.float64, device=device)
-        self._samples = metered.samples
-        self._steps = metered.steps
-        self._seconds = metered.seconds
-        self._data_wait_seconds = metered.data_wait_seconds
-        self._since = 0.0
-
-    def go_on(self) -> None:
-        """Let time count from now on."""
-        synchronize(self._device)
-        self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        """Let no more time count."""
-        synchronize(self._device)
-        self._seconds += time.perf_counter() - self._since
-
-    def state(self) -> Metered:
-        """Return what was added, and the time up to the last pause."""
-        return Metered(
-            self._loss.item(), self._samples, self._steps, self._seconds, self._data_wait_seconds
-        )
-
-    def waited(self, seconds: float) -> None:
-        """Count time that was spent waiting for data."""
-        self._data_wait_seconds += seconds
-
-    def add(self, loss: torch.Tensor, samples: int) -> None:
-        self._loss.add_(loss, alpha=samples)
-        self._samples += samples
-        self._steps += 1
-
-    def read(self) -> tuple[float, int, int, float, float]:
-        """Return mean loss, samples, steps, seconds and those without data, and start anew."""
-        self.pause()
-        loss = self._loss.item() / self._samples
-        read = (loss, self._samples, self._steps, self._seconds, self._data_wait_seconds)
-        self._loss.zero_()
-        self._samples = self._steps = 0
-        self._seconds = self._data_wait_seconds = 0.0
-        self.go_on()
-        return read
