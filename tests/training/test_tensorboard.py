@@ -64,7 +64,13 @@ def logged(run: Path) -> Scalars:
     """The same of ``log.jsonl`` and ``result.json``, as the float32 of an event file."""
     found: Scalars = {}
 
-    def add(tag: str, step: int, value: float | None) -> None:
+    def add(tag: str, step: int, value: Any) -> None:
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            for name, each in value.items():
+                add(f"{tag}/{name}", step, each)
+            return
         found.setdefault(tag, []).append((step, float(np.float32(value))))
 
     step = 0
