@@ -32,7 +32,7 @@ from dlrm.config import ModelConfig, OptimizerConfig, PrepareConfig, TrainConfig
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
 from dlrm.data.prepare import prepare
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.training.events import Events
 from dlrm.training.saving import Checkpoints
 from dlrm.training.step import EagerStep
@@ -792,6 +792,31 @@ def test_training_goes_on_while_a_copy_is_written_and_waits_where_memory_is_shor
     assert_equal(tmp_path / "waiting", outcome(tmp_path / "overlapping"))
     names = {path.name for path in (tmp_path / "waiting/checkpoints").glob("step-*.safetensors")}
     assert names == {f"step-{step:09}.safetensors" for step in (4, 8, 12, 14)}
+
+
+def test_a_checkpoint_names_no_best_that_was_lost_while_it_was_due(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, max_steps=18, keep=99)
+    reached = threading.Event()
+    save = Checkpoints.save
+
+    class Reaching(Events):
+        def on_step(self, position: Position, samples: int) -> None:
+            if position.total_steps == 16:
+                reached.set()
+
+    def lose(self: Checkpoints, tensors: Any, info: Any, *rest: Any) -> None:
+        if info.position.total_steps == 15:
+            assert reached.wait(60), "training does not go on"
+            raise EnvironmentFaultError("no space left")
+        save(self, tensors, info, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", lose)
+    dlrm.train(dataset, tmp_path / "run", config, [Reaching()])
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints", config.keep)
+    assert checkpoints.read(16).best_step is None
+    assert checkpoints.read(18).best_step == 18
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])

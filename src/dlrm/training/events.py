@@ -104,7 +104,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Finish:
-    """The trained model was evaluated, and the result written."""
+    """The trained model was evaluated, and the result is about to be written."""
 
     position: Position
     """Where training ended."""
@@ -138,7 +138,7 @@ class Events:
         """Training has ended."""
 
     def on_finish(self, finish: Finish) -> None:
-        """The result is written."""
+        """The result is known, and about to be written."""
 
 
 class AppendedLog(Events):

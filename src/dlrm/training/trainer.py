@@ -180,7 +180,7 @@ class Trainer:
         return time.perf_counter() - self._started
 
     def save_into(self, saver: Saver, log: JsonLines, mlperf_log: MlperfLog | None) -> None:
-        """Save checkpoints while training, beside those that nobody asked for: there is no other.
+        """Save checkpoints while training; without this call none is saved.
 
         Args:
             saver: Writes them.
@@ -365,10 +365,10 @@ class Trainer:
             hardware=hardware(self.device),
             skipped_steps=self.step.skipped_steps,
         )
-        run.write_result(result)
         finish = Finish(self.position, result, self.model)
         for listener in self.listeners:
             listener.on_finish(finish)
+        run.write_result(result)  # last: a RUN with a result is not gone on with
         return result
 
     def draw_weights(self) -> None:
@@ -562,6 +562,7 @@ class Trainer:
         """Save a checkpoint, and return why one was not saved, if that is known."""
         if self._saver is None:
             return None
+        self._look_at_saver(wait=True)  # whether the best so far, which this one names, is saved
         info = CheckpointInfo(
             self.position,
             self.config.model,
