@@ -99,12 +99,16 @@ def test_each_fault_names_what_helps(
 
 
 def test_a_locked_folder_is_refused_and_free_again_afterwards(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path / "run", "run"),
-        pytest.raises(UserError, match="is being written by another process"),
-        locked(tmp_path / "run", "run"),
-    ):
-        pass
+    other_name = tmp_path / "link"
+    other_name.symlink_to("run")
+    for name in (tmp_path / "run", other_name):
+        with (
+            locked(tmp_path / "run", "run"),
+            pytest.raises(UserError, match="is being written by another process"),
+            locked(name, "run"),
+        ):
+            pass
+    other_name.unlink()
     with locked(tmp_path / "run", "run"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -280,7 +280,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: Another process is writing to it, or the folder it is in is a file.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # two names of a folder have one lock
     with environment_faults(f"write to {folder.parent}"):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

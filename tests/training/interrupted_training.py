@@ -182,13 +182,13 @@ def set_up(request: dict[str, Any]) -> list[Events]:
         fault = Fault(request["fault_at"], request["fault"], request.get("disk"))
         told.append(fault)
         on_each_step(listeners, fault)
-        score = evaluation.score
+        scorer = evaluation.Scorer
 
-        def score_watched(*arguments: Any) -> Any:
+        def scorer_watched(*arguments: Any) -> Any:
             fault("before", "score", "")
-            return score(*arguments)
+            return scorer(*arguments)
 
-        evaluation.score = score_watched  # type: ignore[assignment]
+        evaluation.Scorer = scorer_watched  # type: ignore[assignment,misc]
     if told:
         watch(request["run"], told)
     return listeners

@@ -193,6 +193,7 @@ def test_a_target_or_limit_that_was_reached_is_not_trained_past(
         ("target", {"target_auc": 0.01}),
         ("limit", {"max_steps": 15, "test_freq": 5}),
         ("unevaluated", {"max_steps": 15, "test_freq": -1}),
+        ("saved", {"max_steps": 15, "test_freq": -1, "save_every_steps": 5}),
     ):
         config = replace(CONFIG, **change)
         here, there = tmp_path / name, tmp_path / f"{name}-whole"

@@ -133,6 +133,7 @@ class Trainer:
         self.best_auc = -math.inf
         self.best_step: int | None = None
         self._best_before: tuple[float, int | None] = (self.best_auc, self.best_step)
+        self._lost_step: int | None = None  # the last that could not be saved
         self.stopped = ""
         self.train_samples = 0
         self.train_seconds = 0.0
@@ -318,12 +319,16 @@ class Trainer:
         """Save the end of training, if it was not evaluated, or could not be saved then."""
         step = self.position.total_steps
         self._look_at_saver(wait=True)
-        if self._saver is None or self._saver.saved_step == step:
+        if self._saver is None:
+            return
+        # Saved before its evaluation it names another best; and none, if there was no evaluation.
+        named = self.best_step is not None and self._lost_step != step
+        if self._saver.saved_step == step and named:
             return
         auc = -math.inf
         if self._evaluated and self._evaluated[0] == step:
             auc = self._evaluated[1].metrics.auc
-        if self.best_step is None or auc > self.best_auc:
+        if self.best_step is None or not auc <= self.best_auc:
             self.best_auc, self.best_step = max(self.best_auc, auc), step
         if fault := self._save(wait=True):
             raise fault
@@ -587,6 +592,7 @@ class Trainer:
         fault: EnvironmentFaultError | None = None
         for progress, error in saver.failed:
             fault = error
+            self._lost_step = progress.position.total_steps
             if progress.best_step == self.best_step == progress.position.total_steps:
                 self.best_auc, self.best_step = self._best_before
         saver.failed.clear()
