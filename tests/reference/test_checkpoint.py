@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dlrm.config import TableConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
 from dlrm.reference.checkpoint import read_checkpoint, reference_names
@@ -174,7 +175,8 @@ def test_names_come_in_the_references_order() -> None:
         "sparse_arch.embedding_bags.t_a.weight",
         "over_arch.layers.2.bias",
     ]
-    assert list(reference_names(ours, ["a", "b"]).items()) == [
+    tables = [TableConfig("a"), TableConfig("b")]
+    assert list(reference_names(ours, tables).items()) == [
         ("sparse_arch.embedding_bags.t_a.weight", "emb_l.0.weight"),
         ("sparse_arch.embedding_bags.t_b.weight", "emb_l.1.weight"),
         ("dense_arch.layers.0.weight", "bot_l.0.weight"),

@@ -378,7 +378,8 @@ class Trainer:
 
     def draw_weights(self) -> None:
         """Draw the initial weights as the reference does."""
-        initialize(self.model, self._initial_random_state())
+        generator = torch.Generator().manual_seed(self.config.seed)
+        initialize(self.model, self._initial_random_state(), generator)
 
     def _initial_random_state(self) -> np.random.RandomState:
         """Return the generator from which the reference would draw its weights."""
