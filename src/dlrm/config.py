@@ -29,6 +29,7 @@ DeviceKind = Literal["cpu", "cuda", "npu"]
 Amp = Literal["O0", "O1"]
 EmbeddingVariant = Literal["full", "qr", "md"]
 QrOperation = Literal["mult", "add", "concat"]
+QrInitialValues = Literal["small", "reference"]
 WeightedPooling = Literal["none", "fixed", "learned"]
 
 MINIMUM_MEMORY = 32 << 20
@@ -178,6 +179,8 @@ class TableConfig:
     """How the vectors of quotient and remainder are joined."""
     qr_collisions: int = 4
     """Rows of the remainder's table: so many ids share a row of the quotient's."""
+    qr_initial_values: QrInitialValues = "small"
+    """As of a model's --qr-initial-values."""
     md_dim: int = 0
     """Length of the vectors of variant md."""
     weighted_pooling: WeightedPooling = "none"
@@ -238,6 +241,9 @@ class ModelConfig:
     qr_collisions: int = 4
     """With qr, so many ids share a row of the quotient's table, and the remainder's has so many
     rows."""
+    qr_initial_values: QrInitialValues = "small"
+    """With qr, small: an id's first vector is as of a whole table; reference: both tables are drawn
+    as the reference does, uniform from √(1/n) to 1, with which add and concat learn little."""
     md_threshold: int = 200
     """With md, tables of more rows than this have shorter vectors."""
     md_temperature: float = 0.3
@@ -321,7 +327,7 @@ class ModelConfig:
 
 
 _VARIANT_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "qr": ("qr_threshold", "qr_operation", "qr_collisions"),
+    "qr": ("qr_threshold", "qr_operation", "qr_collisions", "qr_initial_values"),
     "md": ("md_threshold", "md_temperature", "md_round_dims", "md_dim"),
 }
 """Those that one variant alone takes, of a model or of a table."""

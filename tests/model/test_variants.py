@@ -31,7 +31,7 @@ from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 # Every kind of table, of so many ids.
 ROWS = {"whole": 7, "mult": 5, "add": 6, "concat": 5, "md": 8, "learned": 3, "fixed": 4}
 TABLES = (
-    TableConfig("mult", "qr", "mult", 2),
+    TableConfig("mult", "qr", "mult", 2, "reference"),
     TableConfig("add", "qr", "add", 4),
     TableConfig("concat", "qr", "concat", 3),
     TableConfig("md", "md", md_dim=2, weighted_pooling="learned"),
@@ -267,7 +267,7 @@ def test_initial_values_are_drawn_as_modules_of_the_reference_draw_them(
         dense_arch_layer_sizes=(8,),
         over_arch_layer_sizes=(1,),
         tables=(
-            TableConfig("many", "qr", "mult", 3),
+            TableConfig("many", "qr", "mult", 3, "reference"),
             TableConfig("other", "md", md_dim=3),
             TableConfig("least", "md", md_dim=8),
         ),
@@ -300,6 +300,21 @@ def test_initial_values_are_drawn_as_modules_of_the_reference_draw_them(
     assert len(expected) == 6
 
 
+@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
+def test_small_initial_values_make_the_vectors_of_a_whole_table(operation: Any) -> None:
+    config = ModelConfig(
+        embedding_variant="qr", qr_threshold=0, qr_operation=operation, qr_collisions=40
+    )
+    model = DLRM(schema_of({"a": 4000}), config)
+    initialize(model, np.random.RandomState(1))
+    with torch.no_grad():
+        vectors = model.sparse_arch(torch.arange(4000).view(-1, 1))
+    bound = (1 / 4000) ** 0.5
+    assert vectors.mean().item() == pytest.approx(0, abs=0.05 * bound)
+    assert vectors.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert vectors.abs().max().item() <= bound * (2**0.5 if operation == "add" else 1)
+
+
 def test_pooling_weights_are_1_at_first() -> None:
     model = make_model(["learned", "fixed"])
     initialize(model, np.random.RandomState(1))
@@ -323,7 +338,12 @@ def test_pooling_weights_are_1_at_first() -> None:
 @pytest.mark.parametrize("variant", ["full", "qr", "md"])
 def test_tables_above_the_threshold_are_stored_so(variant: Any) -> None:
     options = {
-        "qr": {"qr_threshold": 9, "qr_operation": "add", "qr_collisions": 3},
+        "qr": {
+            "qr_threshold": 9,
+            "qr_operation": "add",
+            "qr_collisions": 3,
+            "qr_initial_values": "reference",
+        },
         "md": {"md_threshold": 9, "md_temperature": 0.5},
         "full": {},
     }[variant]
@@ -334,7 +354,7 @@ def test_tables_above_the_threshold_are_stored_so(variant: Any) -> None:
     found = {table.name: table for table in resolve_tables(schema, config)}
     large = {
         "full": [TableConfig("b"), TableConfig("c")],
-        "qr": [TableConfig(name, "qr", "add", 3) for name in "bc"],
+        "qr": [TableConfig(name, "qr", "add", 3, "reference") for name in "bc"],
         # 16 * (4 / 10) ** 0.5 and 16 * (4 / 36) ** 0.5
         "md": [TableConfig("b", "md", md_dim=10), TableConfig("c", "md", md_dim=5)],
     }[variant]

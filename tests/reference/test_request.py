@@ -280,7 +280,7 @@ def test_thresholds_act_with_mlperf_logging_alone() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--qr-flag", {"embedding_variant": "qr"}),
+        ("--qr-flag", {"embedding_variant": "qr", "qr_initial_values": "reference"}),
         (
             "--qr-flag --qr-threshold=9 --qr-operation=add --qr-collisions=7",
             {
@@ -288,11 +288,16 @@ def test_thresholds_act_with_mlperf_logging_alone() -> None:
                 "qr_threshold": 9,
                 "qr_operation": "add",
                 "qr_collisions": 7,
+                "qr_initial_values": "reference",
             },
         ),
         (
             "--qr-flag --qr-operation=concat --arch-sparse-feature-size=8",
-            {"embedding_variant": "qr", "qr_operation": "concat"},  # 8 of each: together 16
+            {  # 8 of each: together 16
+                "embedding_variant": "qr",
+                "qr_operation": "concat",
+                "qr_initial_values": "reference",
+            },
         ),
         (
             "--md-flag --md-threshold=9 --md-temperature=0.5 --md-round-dims",

@@ -33,12 +33,13 @@ def make_model(embedding_dim: int = 16, **changes: Any) -> DLRM:
     )
     sizes = {"dense_arch_layer_sizes": (33, embedding_dim), "over_arch_layer_sizes": (50, 17, 1)}
     model = DLRM(schema, ModelConfig(**{"embedding_dim": embedding_dim, **sizes, **changes}))
-    initialize(model, np.random.RandomState(1), torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    initialize(model, np.random.RandomState(1), generator)
     with torch.no_grad():
         for name, table in model.sparse_arch.tables().items():
             table.mul_(0.1)  # so that long bags do not drown everything
             if "quotient" in name or "remainder" in name:
-                table.sub_(0.05)  # these are positive at first
+                table.uniform_(-0.05, 0.05, generator=generator)  # some begin as 1
     return model
 
 

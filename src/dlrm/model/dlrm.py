@@ -96,6 +96,12 @@ def _sparse_arch(
     )
 
 
+def whole_table_bytes(schema: FeatureSchema, config: ModelConfig) -> int:
+    """Return what embedding tables take that hold a vector for each id."""
+    width = getattr(torch, config.embedding_dtype).itemsize
+    return int(sum(schema.num_embeddings) * config.embedding_dim * width)
+
+
 def initialize(
     model: DLRM, random_state: np.random.RandomState, generator: torch.Generator | None = None
 ) -> None:
@@ -129,9 +135,12 @@ def initialize(
                     layer.bias.copy_(_float32(random_state.normal(0.0, deviation, out_features)))
 
 
-def _draw_table(table: Tensor, random_state: np.random.RandomState) -> None:
+def _draw_table(
+    table: Tensor, random_state: np.random.RandomState, bound: float | None = None
+) -> None:
+    """Draw uniformly in ±bound; None: √(1/n) of its n rows."""
     rows, dim = table.shape
-    bound = np.sqrt(1 / rows)
+    bound = np.sqrt(1 / rows) if bound is None else bound
     step = max(1, _DRAWN_VALUES // dim)
     for start in range(0, rows, step):
         part = table[start : start + step]
@@ -145,24 +154,19 @@ def _draw_variants(
 ) -> None:
     """Draw tables of all kinds, feature by feature (create_emb; tricks/).
 
-    The reference takes what is not a table of ids, quotients and remainders uniform in [√(1/n), 1)
-    and projections (Glorot and Bengio 2010), from PyTorch's generator, from which its modules draw
-    values as they are made as well, that it overwrites: these are drawn and left.
+    The reference draws quotient-remainder tables and projections (Glorot and Bengio 2010) from
+    PyTorch's generator, of which its modules draw values as they are made as well, that it
+    overwrites: these are drawn and left.
     """
-    tables = sparse_arch.tables()
-    counted = any(table.variant != "full" for table in sparse_arch.table_configs)
+    tables, draws = sparse_arch.tables(), (random_state, generator)
     for config, rows in zip(sparse_arch.table_configs, sparse_arch.num_embeddings, strict=True):
         if config.variant == "qr":
-            for part in ("quotient", "remainder"):
-                table = tables[table_name(f"{config.name}_{part}")]
-                values = torch.empty(table.shape).uniform_(
-                    float(np.sqrt(1 / rows)), 1, generator=generator
-                )
-                table.copy_(values)
+            quotients = tables[table_name(f"{config.name}_quotient")]
+            remainders = tables[table_name(f"{config.name}_remainder")]
+            _draw_quotient_remainder(config, rows, quotients, remainders, *draws)
             continue
         table = tables[table_name(config.name)]
-        if counted:
-            _leave_out(table.numel(), "normal", generator)
+        _leave_out(table.numel(), "normal", generator)
         if config.variant == "md":
             _leave_out(table.numel(), "uniform", generator)
             if config.md_dim < sparse_arch.embedding_dim:
@@ -170,6 +174,29 @@ def _draw_variants(
         _draw_table(table, random_state)
         if config.weighted_pooling != "none":
             tables[weights_name(config.name)].fill_(1)
+
+
+def _draw_quotient_remainder(
+    config: TableConfig,
+    rows: int,
+    quotients: Tensor,
+    remainders: Tensor,
+    random_state: np.random.RandomState,
+    generator: torch.Generator | None,
+) -> None:
+    bound = float(np.sqrt(1 / rows))
+    if config.qr_initial_values == "reference":
+        for table in (quotients, remainders):
+            table.copy_(torch.empty(table.shape).uniform_(bound, 1, generator=generator))
+        return
+    # So that what the two make has the mean and variance of a whole table's vectors.
+    if config.qr_operation == "add":
+        bound /= float(np.sqrt(2))
+    _draw_table(quotients, random_state, bound)
+    if config.qr_operation == "mult":
+        remainders.fill_(1)
+    else:
+        _draw_table(remainders, random_state, bound)
 
 
 def _draw_projection(weight: Tensor, generator: torch.Generator | None) -> None:

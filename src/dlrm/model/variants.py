@@ -56,6 +56,7 @@ def resolve_tables(schema: FeatureSchema, config: ModelConfig) -> tuple[TableCon
                 variant="qr",
                 qr_operation=config.qr_operation,
                 qr_collisions=config.qr_collisions,
+                qr_initial_values=config.qr_initial_values,
             )
         elif variant == "md" and rows > config.md_threshold:
             table = dataclasses.replace(table, variant="md", md_dim=length)

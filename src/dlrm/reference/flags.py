@@ -165,7 +165,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--qr-flag",
             False,
-            "Store tables of more rows than --qr-threshold as quotient-remainder tables.",
+            "Store tables of more rows than --qr-threshold as quotient-remainder tables, drawn as "
+            "the reference does (--qr-initial-values reference).",
             ours=("embedding_variant",),
             convert=lambda on: "qr" if on else None,
         ),

@@ -101,9 +101,11 @@ def parse(arguments: Sequence[str]) -> Request:
 
     source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
     settings = _settings(values)
-    if values["qr_flag"] and values["qr_operation"] == "concat":
-        # The reference's is the length of each of the two vectors.
-        settings["embedding_dim"] *= 2
+    if values["qr_flag"]:
+        settings["qr_initial_values"] = "reference"
+        if values["qr_operation"] == "concat":
+            # The reference's is the length of each of the two vectors.
+            settings["embedding_dim"] *= 2
     if source.suffix == ".npz":
         # Its rows are chosen and its values numbered already: only ids can be taken modulo.
         prepare_settings = {**settings, "max_ind_range": 0, "data_sub_sample_rate": 0.0}
