@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OptimizerConfig,
         PrepareConfig,
         SynthesizeConfig,
+        TableConfig,
         TrackingConfig,
         TrainConfig,
     )
@@ -46,6 +47,7 @@ __all__ = [
     "OptimizerConfig",
     "PrepareConfig",
     "SynthesizeConfig",
+    "TableConfig",
     "TrackingConfig",
     "TrainConfig",
     "UserError",

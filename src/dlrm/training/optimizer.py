@@ -20,7 +20,7 @@ from dlrm.model.dlrm import DLRM
 from dlrm.model.embedding import Arena, SparseArch
 from dlrm.model.fused_tables import FusedTables
 from dlrm.model.mlp import MLP
-from dlrm.model.variants import PoolingWeights
+from dlrm.model.variants import PoolingWeights, weights_name
 from dlrm.ops.library import advise_huge_pages
 from dlrm.ops.rounding import random_bits, round_stochastically
 
@@ -73,6 +73,7 @@ class Optimizer:
         self.steps = 0
         self._fused: FusedTables | None = None
         self._sparse_arch = model.sparse_arch
+        self._fixed = [each.name for each in model.tables if each.weighted_pooling == "fixed"]
         tables = {each.arena for each in model.sparse_arch.modules() if isinstance(each, Arena)}
         self._dense = {
             name: parameter
@@ -229,6 +230,9 @@ class Optimizer:
         Raises:
             UserError: It belongs to another optimizer or architecture.
         """
+        # Weights that were learned and are fixed now have a state no more.
+        fixed = {f"sparse_arch.{weights_name(name)}.sum" for name in self._fixed}
+        state = {name: value for name, value in state.items() if name not in fixed}
         expected = self.state()
         for name in sorted(expected.keys() | state.keys()):
             shape = tuple(expected[name].shape) if name in expected else "no such tensor"
