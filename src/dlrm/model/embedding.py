@@ -215,11 +215,12 @@ class SparseArch(NamedTables, Arena):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, dtype, device)
         self.names = tuple(names)
+        self._table_names = [table_name(name) for name in names]
 
     @property
     def arenas(self) -> Mapping[Arena, Sequence[str]]:
         """This one, with the names of its tables."""
-        return {self: [table_name(name) for name in self.names]}
+        return {self: self._table_names}
 
 
 def table_name(name: str) -> str:
