@@ -263,41 +263,17 @@ class VariantSparseArch(NamedTables):
         self.names = tuple(table.name for table in tables)
         count = len(self.names)
 
-        whole: list[_Part] = []
-        remainders: list[_Part] = []
-        combined: list[tuple[int, int]] = []
-        halves: list[_Part] = []
-        narrower: dict[int, list[_Part]] = {}
-        # Where each feature's vector is among those of whole, combined, halves and narrower.
-        places: dict[str, list[int]] = {"whole": [], "combined": [], "halves": []}
-        for feature, (table, rows) in enumerate(zip(tables, num_embeddings, strict=True)):
-            if table.variant == "md" and table.md_dim < embedding_dim:
-                narrower.setdefault(table.md_dim, []).append(_Part(table.name, rows, feature))
-                continue
-            if table.variant != "qr":
-                places["whole"].append(feature)
-                whole.append(_Part(table.name, rows, feature))
-                continue
-            quotient, remainder = _quotient_remainder(table, rows, feature)
-            if table.qr_operation == "concat":
-                places["halves"].append(feature)
-                halves += [quotient, remainder]
-            else:
-                combined.append((len(whole), int(table.qr_operation == "mult")))
-                places["combined"].append(feature)
-                places["whole"].append(-1)
-                whole.append(quotient)
-                remainders.append(remainder)
+        layout = _lay_out(tables, num_embeddings, embedding_dim)
 
-        def arena(parts: list[_Part], dim: int) -> PartArena | None:
+        def arena(parts: Sequence[_Part], dim: int) -> PartArena | None:
             return PartArena(parts, count, dim, dtype, device) if parts else None
 
-        self.whole = arena(whole + remainders, embedding_dim)
-        self.halves = arena(halves, embedding_dim // 2)
+        self.whole = arena([*layout.whole, *layout.remainders], embedding_dim)
+        self.halves = arena(layout.halves, embedding_dim // 2)
         self.narrower = nn.ModuleDict(
             {
                 str(dim): PartArena(parts, count, dim, dtype, device)
-                for dim, parts in sorted(narrower.items())
+                for dim, parts in layout.narrower.items()
             }
         )
         self.projections = nn.ModuleDict(
@@ -316,16 +292,11 @@ class VariantSparseArch(NamedTables):
                 if any(table.weighted_pooling == kind for table in tables)
             }
         )
-        by_place = [*places["whole"], *places["combined"], *places["halves"]]
-        for _, parts in sorted(narrower.items()):
-            by_place += [part.feature for part in parts]
-        self.register_buffer(
-            "combined", torch.tensor(combined, dtype=torch.int64).view(-1, 2), persistent=False
-        )
+        combined = torch.tensor(layout.combined, dtype=torch.int64).view(-1, 2)
+        self.register_buffer("combined", combined, persistent=False)
         self.combined: Tensor
-        self.register_buffer(
-            "_order", torch.tensor([by_place.index(f) for f in range(count)]), persistent=False
-        )
+        order = torch.tensor([layout.features.index(feature) for feature in range(count)])
+        self.register_buffer("_order", order, persistent=False)
         self._order: Tensor
         if twice := [name for name, n in Counter(self._names()).items() if n > 1]:
             raise UserError(
@@ -440,6 +411,51 @@ def projection_name(name: str) -> str:
 def weights_name(name: str) -> str:
     """Return what a feature's pooling weights are called in a state dict."""
     return f"pooling_weights.t_{name}"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which tables lie in which arena; see the attributes of ``VariantSparseArch``."""
+
+    whole: Sequence[_Part]
+    remainders: Sequence[_Part]
+    combined: Sequence[tuple[int, int]]
+    halves: Sequence[_Part]
+    narrower: Mapping[int, Sequence[_Part]]
+    features: Sequence[int]
+    """Whose vector each is, of those that forward makes one after another: whole (-1: quotients,
+    which are no feature's alone), combined, concatenated, and those of narrower tables."""
+
+
+def _lay_out(
+    tables: Sequence[TableConfig], num_embeddings: Sequence[int], embedding_dim: int
+) -> _Layout:
+    whole: list[_Part] = []
+    remainders: list[_Part] = []
+    combined: list[tuple[int, int]] = []
+    halves: list[_Part] = []
+    narrower: dict[int, list[_Part]] = {}
+    owners: dict[str, list[int]] = {"whole": [], "combined": [], "concatenated": []}
+    for feature, (table, rows) in enumerate(zip(tables, num_embeddings, strict=True)):
+        if table.variant == "md" and table.md_dim < embedding_dim:
+            narrower.setdefault(table.md_dim, []).append(_Part(table.name, rows, feature))
+        elif table.variant != "qr":
+            owners["whole"].append(feature)
+            whole.append(_Part(table.name, rows, feature))
+        elif table.qr_operation == "concat":
+            owners["concatenated"].append(feature)
+            halves += _quotient_remainder(table, rows, feature)
+        else:
+            quotient, remainder = _quotient_remainder(table, rows, feature)
+            combined.append((len(whole), int(table.qr_operation == "mult")))
+            owners["combined"].append(feature)
+            owners["whole"].append(-1)
+            whole.append(quotient)
+            remainders.append(remainder)
+    narrower = dict(sorted(narrower.items()))
+    features = [*owners["whole"], *owners["combined"], *owners["concatenated"]]
+    features += [part.feature for parts in narrower.values() for part in parts]
+    return _Layout(whole, remainders, combined, halves, narrower, features)
 
 
 def _quotient_remainder(table: TableConfig, rows: int, feature: int) -> tuple[_Part, _Part]:
