@@ -194,9 +194,7 @@ def make_batch(
         dense_features = dense.astype(np.float32, order="C")
     else:
         dense_features = transform_dense(dense)
-    sparse_features, offsets = (
-        _by_row(schema, ids, bags) if bags else _one_id_a_row(schema, ids)
-    )
+    sparse_features, offsets = _by_row(schema, ids, bags) if bags else _one_id_a_row(schema, ids)
     return Batch(
         torch.from_numpy(dense_features),
         torch.from_numpy(sparse_features),

@@ -498,11 +498,11 @@ def _rows_of(batch: pa.RecordBatch) -> Rows:
     nothing = np.empty((len(batch), 0), np.int32)
     lists = {"dense": nothing, "sparse": nothing}
     bags = []
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        if field.name in lists:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in lists:
             values = column.flatten().to_numpy()
-            lists[field.name] = values.reshape(len(batch), column.type.list_size)
-        elif field.name.startswith(_MULTI_HOT):
+            lists[name] = values.reshape(len(batch), column.type.list_size)
+        elif name.startswith(_MULTI_HOT):
             offsets = column.offsets.to_numpy()
             bags.append(Bags(column.flatten().to_numpy(), offsets - offsets[0]))
     return Rows(batch.columns[0].to_numpy(), lists["dense"], lists["sparse"], tuple(bags))
@@ -519,7 +519,7 @@ def part_rows(schema: FeatureSchema) -> int:
 
 
 def row_bytes(schema: FeatureSchema) -> int:
-    """Return how many bytes a stored row takes, at least: the ids of multi-hot features come on top."""
+    """Return how many bytes a stored row takes; the ids of multi-hot features come on top."""
     return (4 if schema.soft_labels else 1) + 4 * (len(schema.dense) + len(schema.sparse))
 
 
@@ -589,14 +589,14 @@ def record_batch(rows: Rows, columns: pa.Schema) -> pa.RecordBatch:
     arrays = [pa.array(rows.labels)]
     lists = {"dense": rows.dense, "sparse": rows.sparse}
     bags = iter(rows.bags)
-    for field in list(columns)[1:]:
-        if field.name in lists:
-            flat = pa.array(np.ascontiguousarray(lists[field.name]).reshape(-1))
-            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+    for name, kind in list(zip(columns.names, columns.types, strict=True))[1:]:
+        if name in lists:
+            flat = pa.array(np.ascontiguousarray(lists[name]).reshape(-1))
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=kind))
         else:
             own = next(bags)
             offsets = pa.array(own.offsets.astype(np.int32, copy=False))
-            arrays.append(pa.ListArray.from_arrays(offsets, pa.array(own.ids), type=field.type))
+            arrays.append(pa.ListArray.from_arrays(offsets, pa.array(own.ids), type=kind))
     return pa.record_batch(arrays, schema=columns)
 
 
@@ -684,6 +684,7 @@ def write_dataset(
     rows: Mapping[Split, Iterable[Rows] | Split],
     *,
     generation: GenerateConfig | None = None,
+    sources: tuple[Source, ...] = (),
     overwrite: bool = False,
 ) -> Dataset:
     """Make a DATASET of rows that are prepared already, such as made-up ones.
@@ -695,6 +696,7 @@ def write_dataset(
             name of a split before it (train, validation, test) that has the same rows, whose files
             get a second name.
         generation: How the rows are made up; the manifest tells.
+        sources: What they are made from, if anything; likewise.
         overwrite: Replace a DATASET that is there.
 
     Raises:
@@ -716,7 +718,7 @@ def write_dataset(
                 else:
                     written = _write_parts(partial, split, schema, iter(runs))
                     splits[split] = stored_split(written)
-            manifest = Manifest(splits, schema.fingerprint, generation=generation)
+            manifest = Manifest(splits, schema.fingerprint, sources, generation=generation)
             publish(partial, path, schema, manifest, overwrite=overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
