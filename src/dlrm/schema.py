@@ -100,6 +100,11 @@ class FeatureSchema:
         return tuple(feature for feature in self.sparse if feature.multi_hot)
 
     @property
+    def encodes_values(self) -> bool:
+        """Whether raw values can be turned into ids: all have vocabularies or are hashed."""
+        return all(feature.vocabulary or feature.hash_buckets for feature in self.sparse)
+
+    @property
     def stores_floats(self) -> bool:
         """Whether dense features are stored as float32, and not transformed."""
         return any(feature.transform == "none" for feature in self.dense)

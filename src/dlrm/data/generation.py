@@ -208,7 +208,7 @@ def _ascending(values: IntArray | FloatArray, lengths: IntArray) -> Bags:
     if lengths.max(initial=0) > 1:
         bags = np.repeat(np.arange(len(lengths)), lengths)
         if values.dtype == np.int64:  # one sort is faster than two
-            values = np.sort((bags << 32) | values) & 0xFFFFFFFF
+            values = np.sort((bags << 32) | values.astype(np.int64)) & 0xFFFFFFFF
         else:
             values = values[np.lexsort((values, bags))]
         distinct = np.ones(len(values), bool)

@@ -315,7 +315,7 @@ def measure(runs: Iterable[Int32Array], limit: int, *, padding: bool = False) ->
     counts = np.zeros(limit + 1, np.int64)
     first = [np.empty(0, np.int64)]
     for ids in runs:
-        found = stack.distances(np.ascontiguousarray(ids))
+        found = stack.distances(np.require(ids, np.int32, ["C", "W"]))  # torch wants it writable
         count_numbers(found, counts)
         first.append(ids[found == 0].astype(np.int64))
     occurring = np.flatnonzero(counts)
