@@ -673,8 +673,7 @@ def refuse_taken(path: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UserError(
-            f"{path} is a DATASET already. Choose another one, or start over with `dlrm prepare "
-            "--overwrite`."
+            f"{path} is a DATASET already. Choose another one, or start over with --overwrite."
         )
 
 
