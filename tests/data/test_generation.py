@@ -124,8 +124,8 @@ def test_rows_are_the_references(tmp_path: Path, changes: dict[str, Any]) -> Non
 
 
 BIG = GenerateConfig(data_size=20_000, mini_batch_size=1000, dense_features=2, num_embeddings=(10,))
-"""The 5 % point of a statistic is passed by one right seed in twenty; this one is."""
 LEAST = 0.01
+"""Of a p-value: one right seed in a hundred falls below it, and this one does not."""
 
 
 def test_dense_features_and_labels_are_uniform(tmp_path: Path) -> None:
