@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 import dlrm
 from dlrm.baselines.training import train_baseline
 from dlrm.checkpoint import Position
-from dlrm.config import BaselineConfig, LossConfig, ModelConfig, TrainConfig
+from dlrm.config import (
+    BaselineConfig,
+    GenerateConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from dlrm.data import dataset as dataset_module
 from dlrm.data.batch import Bags, make_batch
 from dlrm.data.dataset import Dataset, Rows, write_dataset
@@ -28,6 +35,8 @@ from dlrm.data.inspection import describe, inspect
 from dlrm.data.verification import verify
 from dlrm.errors import UserError
 from dlrm.metrics import compute_metrics
+from dlrm.report.importance import permutation_importance
+from dlrm.runs import Run
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature, read_schema
 from dlrm.training import begin, trainer
 from dlrm.training.events import Events
@@ -293,6 +302,25 @@ def test_what_is_not_used_leaves_a_fingerprint_as_it_was() -> None:
     assert schema.sealed().fingerprint == hashlib.sha256(meaning.encode()).hexdigest()
 
 
+KEPT: LISTS = [
+    [[7, 3, 7], [999], [], [2]],
+    [[], [], [4], [0]],
+    [[49], [0], [0, 1, 2, 3, 4], []],
+]
+
+
+def test_a_dataset_of_the_first_format_that_had_them_is_read() -> None:
+    """Made by ``write_dataset`` of that version; what it holds is written out here."""
+    data = Dataset.open(Path(__file__).parent / "fixtures" / "dataset-1.4")
+    assert verify(data).rows == {"train": 3, "validation": 3, "test": 0}
+    rows = Rows.concatenate(list(data.stored_rows("train", 0, 3)))
+    assert lists_of(rows) == KEPT
+    assert rows.labels.tolist() == [0.0, 0.25, 1.0]
+    assert rows.dense.tolist() == [[0.5, -1.5], [3.0, 0.0], [-0.25, 8.0]]
+    assert data.schema == dataclasses.replace(SCHEMA.sealed(), format_version="1.4")
+    assert data.manifest.generation == GenerateConfig(num_embeddings=(50, 1000, 5, 3))
+
+
 def test_two_transforms_in_one_schema_are_refused(dataset: Dataset) -> None:
     path = dataset.path / "schema.json"
     content = json.loads(path.read_text())
@@ -376,6 +404,29 @@ def test_an_interrupted_training_goes_on_exactly(
     begin.resume(run)
     for name, value in weights(trained).items():
         assert torch.equal(value, weights(run)[name])
+
+
+def test_the_importance_of_a_feature_with_several_ids_is_measured(tmp_path: Path) -> None:
+    """Of rows that are clicked if they have one of the even tags and no other."""
+    lists = made_up_lists(4000, 5)
+    for row in lists:
+        row[0] = row[0][:1]
+    rows = rows_of(lists)
+    clicked = np.float32([any(tag % 2 == 0 for tag in row[0]) for row in lists])
+    rows = dataclasses.replace(rows, labels=clicked)
+    data = write_dataset(
+        tmp_path / "dataset", SCHEMA, {"train": [rows], "validation": "train", "test": "train"}
+    )
+    config = dataclasses.replace(
+        CONFIG, optimizer=OptimizerConfig(optimizer="adagrad", learning_rate=0.05), epochs=2
+    )
+    begin.train(data.path, tmp_path / "run", config)
+    run = Run.open(tmp_path / "run")
+    found = permutation_importance(run, data, "test", 1000, checkpoint="newest")
+    assert found.before.auc > 0.95
+    assert found.features[0].name == "tags"
+    assert found.features[0].auc_drop > 0.3
+    assert max(abs(each.auc_drop) for each in found.features[1:]) < 0.05
 
 
 def test_baselines_refuse_by_name(dataset: Dataset, tmp_path: Path) -> None:

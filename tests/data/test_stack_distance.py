@@ -90,6 +90,11 @@ def test_a_known_sequence() -> None:
     np.testing.assert_allclose(measured.cumulative, np.array([4, 5, 6, 7]) / 7)
 
 
+def test_a_table_beyond_what_slots_can_number_is_refused() -> None:
+    with pytest.raises(UserError, match="a table of 1073741825 rows is too large"):
+        measure([int32(1)], 2**30 + 1)
+
+
 def test_padding_adds_new_accesses() -> None:
     """Seven accesses, the largest distance 3: three more at distance 0."""
     measured = measure([int32(7, 3, 3, 5, 7, 4, 7)], 8, padding=True)

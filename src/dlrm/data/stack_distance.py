@@ -300,7 +300,7 @@ class PlainStack:
 
 
 def measure(runs: Iterable[Int32Array], limit: int, *, padding: bool = False) -> StackDistances:
-    """Measure the stack distances of accesses, in n log n time and memory for distinct ids alone.
+    """Measure the stack distances of n accesses, in n log n time and memory for the table alone.
 
     Args:
         runs: The accessed ids, each below ``limit``, in runs of any length.
@@ -309,8 +309,13 @@ def measure(runs: Iterable[Int32Array], limit: int, *, padding: bool = False) ->
             distance has accesses on average: the reference's, for traces in which few are new.
 
     Raises:
-        UserError: There is no access.
+        UserError: There is no access, or the table is too large.
     """
+    if limit > _MOST_ITEMS:
+        raise UserError(
+            f"a table of {limit} rows is too large to measure stack distances of; at most "
+            f"{_MOST_ITEMS} can be. Prepare the DATASET with --max-ind-range or --hash-buckets."
+        )
     stack = make_stack(limit)
     counts = np.zeros(limit + 1, np.int64)
     first = [np.empty(0, np.int64)]
