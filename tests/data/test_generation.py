@@ -258,6 +258,12 @@ def test_what_is_there_is_left_or_replaced(tmp_path: Path, traces: Path) -> None
         generate(path, other)
     generate(path, other, overwrite=True)
     assert Dataset.open(path).manifest.generation == other
+    # One that is damaged is not taken for finished, and can be replaced.
+    part = path / "train" / "part-00000.arrow"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is a DATASET already"):
+        generate(path, other)
+    generate(path, other, overwrite=True)
     # Another trace under the same name makes other rows.
     measure([np.arange(40, dtype=np.int32)], 40).write(tmp_path / "dist_emb_1.log")
     with pytest.raises(UserError, match="is a DATASET already"):

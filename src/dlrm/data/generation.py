@@ -9,7 +9,7 @@ bag to bag, so that the ids of the rows together have the distances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ from dlrm.data.dataset import (
     row_bytes,
     write_dataset,
 )
-from dlrm.data.stack_distance import Accesses, StackDistances, trace_path
+from dlrm.data.stack_distance import Accesses, StackDistances, refuse_missing, trace_path
+from dlrm.errors import UserError
 from dlrm.files import sha256
 from dlrm.progress import progress
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
@@ -55,14 +56,10 @@ def generate(
     """
     path, config = Path(dataset), config or GenerateConfig()
     sources = tuple(_source(file) for file in _files(config))
-    if (path / "manifest.json").is_file():
-        there = Dataset.open(path)
-        made_from = [(source.name, source.sha256) for source in there.manifest.sources]
-        expected = [(source.name, source.sha256) for source in sources]
-        if (there.manifest.generation, made_from) == (config, expected):
-            return there
+    if there := _made_already(path, config, sources):
+        return there
     refuse_taken(path, overwrite=overwrite)
-    made = _Rows(config)
+    made = _Rows(config)  # damaged files are refused before anything is written
     total = config.train_rows + 2 * config.test_rows
     with progress("generate", total, unit="rows") as bar:
 
@@ -114,8 +111,19 @@ def _files(config: GenerateConfig) -> list[Path]:
     return list(dict.fromkeys(trace_path(pattern, table) for table in tables))
 
 
+def _made_already(path: Path, config: GenerateConfig, sources: Sequence[Source]) -> Dataset | None:
+    """Return a DATASET that is there, if it is whole and was made with these options."""
+    try:
+        there = Dataset.open(path)
+    except UserError:
+        return None
+    made_from = [(source.name, source.sha256) for source in there.manifest.sources]
+    expected = [(source.name, source.sha256) for source in sources]
+    return there if (there.manifest.generation, made_from) == (config, expected) else None
+
+
 def _source(path: Path) -> Source:
-    StackDistances.read(path)  # refused before rows are made
+    refuse_missing(path)
     status = path.stat()
     return Source(path.name, status.st_size, status.st_mtime_ns, sha256(path))
 

@@ -71,10 +71,7 @@ class StackDistances:
             UserError: There is no such file, or it holds something else.
             EnvironmentFaultError: The disk fails.
         """
-        if not path.is_file():
-            raise UserError(
-                f"{path} is not a file. `dlrm stack-distances` writes such, from a DATASET."
-            )
+        refuse_missing(path)
         with (
             environment_faults(f"read {path}"),
             open(path, encoding="ascii", errors="replace") as file,
@@ -119,6 +116,18 @@ class StackDistances:
                     f"{path} does not hold stack distances that can be: expected {expected}. "
                     "`dlrm stack-distances` writes such, from a DATASET."
                 )
+
+
+def refuse_missing(path: Path) -> None:
+    """Refuse what is no file of stack distances because it is no file.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path} is not a file. `dlrm stack-distances` writes such, from a DATASET."
+        )
 
 
 def _read_numbers(file: IO[str], kind: Callable[[str], T], dtype: type[Any]) -> npt.NDArray[Any]:
