@@ -234,6 +234,7 @@ def test_the_whole_is_verified_and_shown(dataset: Dataset) -> None:
     text = describe(shown)
     assert "tags              50       -  several ids a row\n" in text
     assert "labels are probabilities" in text
+    assert "\nage                -    price              -    \n\nsparse" in text
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,8 @@ def _lines(inspection: Inspection) -> Iterator[str]:
                 yield f"{group.name:<12}{group.rows:>14,}{group.clicks:>14,}{rate:>12}"
     yield ""
     yield f"{'dense':<12}{'missing':>8}    " * 3
-    columns = [inspection.dense[start::5] for start in range(5)]
-    for row in columns:
+    height = -(-len(inspection.dense) // 3)
+    for row in (inspection.dense[start::height] for start in range(height)):
         yield "".join(f"{_cut(each.name, 12):<12}{_rate(each.missing_rate)}    " for each in row)
     yield ""
     yield f"{'sparse':<9}{'embeddings':>11}{'missing':>8}  commonest values and their shares"
