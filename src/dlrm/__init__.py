@@ -22,6 +22,7 @@ from dlrm.version import __version__
 
 if TYPE_CHECKING:
     from dlrm.config import (
+        GenerateConfig,
         LossConfig,
         ModelConfig,
         OptimizerConfig,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         TrackingConfig,
         TrainConfig,
     )
+    from dlrm.data.generation import generate
     from dlrm.data.prepare import prepare
     from dlrm.data.synthetic import synthesize
     from dlrm.errors import EnvironmentFaultError, UserError
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DLRM",
     "EnvironmentFaultError",
+    "GenerateConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "UserError",
     "__version__",
     "evaluate",
+    "generate",
     "load",
     "prepare",
     "resume",
@@ -65,6 +69,7 @@ _HOMES = {
     "EnvironmentFaultError": "dlrm.errors",
     "UserError": "dlrm.errors",
     "evaluate": "dlrm.evaluation",
+    "generate": "dlrm.data.generation",
     "load": "dlrm.prediction",
     "prepare": "dlrm.data.prepare",
     "resume": "dlrm.training.begin",
