@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import dlrm
 from dlrm.config import (
+    GenerateConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -26,6 +27,7 @@ from dlrm.config import (
 )
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
+from dlrm.data.generation import generate
 from dlrm.data.prepare import prepare
 from dlrm.data.synthetic import synthesize
 from dlrm.model.dlrm import DLRM, initialize
@@ -35,6 +37,7 @@ from dlrm.report.importance import permutation_importance
 from dlrm.report.page import write_report
 from dlrm.runs import Run
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+from dlrm.training import trainer
 from dlrm.training.optimizer import Optimizer
 from dlrm.training.step import EagerStep
 
@@ -272,3 +275,46 @@ def test_mixed_precision_steps_follow_exact_ones() -> None:
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=0.03, atol=0.02)
         assert "pooling" in name or not torch.equal(found[1][name], value), name
+
+
+@pytest.fixture(scope="module")
+def bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DATASET with 1 to 4 ids of each feature in a row."""
+    folder = tmp_path_factory.mktemp("bags") / "dataset"
+    made = GenerateConfig(
+        data_size=800,
+        test_rows=100,
+        dense_features=2,
+        num_embeddings=tuple(ROWS.values()),
+        num_indices_per_lookup=4,
+    )
+    generate(folder, made)
+    return folder
+
+
+@pytest.mark.parametrize("names", [("mult", "add", "learned", "fixed"), ("concat", "md")])
+def test_multi_hot_rows_are_trained_on_resumed_and_scored(
+    bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    order = [*ROWS]
+    tables = tuple(
+        replace(table, name=f"cat_{order.index(table.name)}")
+        for table in make_model().tables
+        if table.name in names
+    )
+    config = replace(CONFIG, model=replace(MODEL, tables=tables), epochs=1, test_freq=-1)
+    whole = dlrm.train(bags, tmp_path / "whole", config)
+    assert whole.kernels == ("native" if "mult" in names else "plain")
+    expected = load_file(tmp_path / "whole" / "checkpoints" / "newest.safetensors")
+    # In two goes, and through plain operators.
+    dlrm.train(bags, tmp_path / "half", replace(config, max_steps=3))
+    half = tmp_path / "half" / "checkpoints" / "newest.safetensors"
+    dlrm.train(bags, tmp_path / "rest", replace(config, continue_from=str(half)))
+    rest = load_file(tmp_path / "rest" / "checkpoints" / "newest.safetensors")
+    assert all(torch.equal(rest[name], value) for name, value in expected.items())
+    monkeypatch.setattr(trainer, "choose_step", EagerStep)
+    dlrm.train(bags, tmp_path / "plain", config)
+    plain = load_file(tmp_path / "plain" / "checkpoints" / "newest.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(plain[name], value, rtol=1e-3, atol=1e-4)
+    assert dlrm.evaluate(tmp_path / "whole").metrics == whole.metrics["test"]
