@@ -34,6 +34,7 @@ from dlrm.data.dataset import Dataset
 from dlrm.data.prepare import prepare
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.training.events import Events
+from dlrm.training import saving
 from dlrm.training.saving import Checkpoints
 from dlrm.training.step import EagerStep
 
@@ -818,6 +819,53 @@ def test_a_checkpoint_names_no_best_that_was_lost_while_it_was_due(
     checkpoints = Checkpoints(tmp_path / "run/checkpoints", config.keep)
     assert checkpoints.read(16).best_step is None
     assert checkpoints.read(18).best_step == 18
+
+
+@pytest.mark.parametrize("fault", ["link_or_copy", "remove_surplus"])
+def test_a_checkpoint_counts_though_its_names_are_behind(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    config = replace(CONFIG, max_steps=18)
+    dlrm.train(dataset, tmp_path / "whole", config)
+    expected = outcome(tmp_path / "whole")
+
+    class Failing(Events):
+        """While those steps are the newest, a checkpoint is written, and nothing else succeeds."""
+
+        def __init__(self, steps: range) -> None:
+            self._steps = steps
+
+        def on_step(self, position: Position, samples: int) -> None:
+            if position.total_steps == self._steps.start:
+                place = saving if fault == "link_or_copy" else Checkpoints
+                patched.setattr(place, fault, self.fail)
+            elif position.total_steps == self._steps.stop:
+                patched.undo()
+
+        def fail(self, *arguments: Any, **options: Any) -> None:
+            raise EnvironmentFaultError("the disk fails")
+
+    def train(name: str, steps: range) -> None:
+        dlrm.train(dataset, tmp_path / name, config, [Failing(steps)])
+
+    # Over the evaluation after step 15, whose checkpoint is the best.
+    with monkeypatch.context() as patched:
+        train("a while", range(13, 18))
+    assert "newest and best of the checkpoints do not lead to what is saved yet" in caplog.text
+    assert "could not be saved" not in caplog.text
+    assert_equal(tmp_path / "a while", expected)
+
+    with monkeypatch.context() as patched:
+        with pytest.raises(EnvironmentFaultError, match="the disk fails"):
+            train("the end", range(13, 99))
+        checkpoints = Checkpoints(tmp_path / "the end/checkpoints", config.keep)
+        assert checkpoints.read(18).best_step in (15, 18)
+    assert dlrm.resume(tmp_path / "the end").train_steps == 18
+    assert_equal(tmp_path / "the end", expected)
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])

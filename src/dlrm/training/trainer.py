@@ -323,14 +323,15 @@ class Trainer:
             return
         # Saved before its evaluation it names another best; and none, if there was no evaluation.
         named = self.best_step is not None and self._lost_step != step
-        if self._saver.saved_step == step and named:
-            return
-        auc = -math.inf
-        if self._evaluated and self._evaluated[0] == step:
-            auc = self._evaluated[1].metrics.auc
-        if self.best_step is None or not auc <= self.best_auc:
-            self.best_auc, self.best_step = max(self.best_auc, auc), step
-        if fault := self._save(wait=True):
+        if self._saver.saved_step != step or not named:
+            auc = -math.inf
+            if self._evaluated and self._evaluated[0] == step:
+                auc = self._evaluated[1].metrics.auc
+            if self.best_step is None or not auc <= self.best_auc:
+                self.best_auc, self.best_step = max(self.best_auc, auc), step
+            if fault := self._save(wait=True):
+                raise fault
+        if fault := self._saver.name():
             raise fault
 
     def finish(self) -> RunResult:
