@@ -33,8 +33,8 @@ from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
 from dlrm.data.prepare import prepare
 from dlrm.errors import EnvironmentFaultError, UserError
-from dlrm.training.events import Events
 from dlrm.training import saving
+from dlrm.training.events import Events
 from dlrm.training.saving import Checkpoints
 from dlrm.training.step import EagerStep
 
