@@ -145,7 +145,17 @@ def outcome(out: Path, said: str) -> dict[str, bytes]:
     return files or {"said": said.encode()}
 
 
-@pytest.mark.parametrize("line", LINES, ids=str)
+OVERLAPPING = [line for line in LINES if line.command == "dlrm train"]
+"""Of which also what happens if a copy is written while training goes on."""
+
+
+@pytest.mark.parametrize(
+    ("line", "overlap"),
+    [
+        *(pytest.param(line, False, id=str(line)) for line in LINES),
+        *(pytest.param(line, True, id=f"{line}-overlapping") for line in OVERLAPPING),
+    ],
+)
 def test_a_line(
     warm: Any,
     commands: dict[str, list[Any]],
@@ -153,11 +163,12 @@ def test_a_line(
     tmp_path: Path,
     disk: Path | None,
     line: Line,
+    overlap: bool,
 ) -> None:
     command = commands[line.command]
     out = disk or tmp_path / "disk"
     where = MIDST.get(line.command, "after step 6$")
-    fault: dict[str, Any] = {"fault_at": where, "fault": line.cause}
+    fault: dict[str, Any] = {"fault_at": where, "fault": line.cause, "overlap": overlap}
     if line.cause == "disk full":
         fault["disk"] = disk
     elif "its output" in line.cause:

@@ -135,6 +135,8 @@ def set_up(request: dict[str, Any]) -> list[Events]:
     os.fsync = lambda _: None
     if not request.get("overlap"):  # so that it is certain what is saved when it is killed
         saving.Saver._copy = lambda *_: None  # type: ignore[method-assign]
+    if request.get("no_links"):
+        os.link = refuse_link
     if request.get("plain"):
         trainer.choose_step = EagerStep  # type: ignore[assignment]
     listeners: list[Events] = []
@@ -192,6 +194,10 @@ def set_up(request: dict[str, Any]) -> list[Events]:
     if told:
         watch(request["run"], told)
     return listeners
+
+
+def refuse_link(source: Any, target: Any, **options: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def on_each_step(listeners: list[Events], fault: Fault) -> None:
