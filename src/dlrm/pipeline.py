@@ -14,7 +14,7 @@ from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.prediction import load, predict_file
 from dlrm.report.page import write_report
 from dlrm.runs import RunResult
-from dlrm.training.begin import is_begun, train_or_resume
+from dlrm.training.begin import refuse_another_training, train_or_resume
 from dlrm.training.events import Console
 
 logger = logging.getLogger("dlrm")
@@ -43,7 +43,9 @@ def run_all(
         EnvironmentFaultError: The disk is too small or fails, or the device is missing.
         StoppedBySignalError: SIGINT or SIGTERM came while training.
     """
-    is_begun(run, train_config)  # what is taken is refused before the long work starts
+    refuse_another_training(
+        run, train_config
+    )  # what is taken is refused before the long work starts
     found = find_source(source, prepare_config)
     dataset = dataset or run / "dataset"
     test = found.files[0].path.with_name("test.txt")

@@ -578,7 +578,7 @@ def publish(
         UserError: There is something at ``path`` already.
         EnvironmentFaultError: The disk is full or fails.
     """
-    refuse_taken(path, overwrite=overwrite)
+    refuse_taken_dataset(path, overwrite=overwrite)
     replaced = _replaced(path)
     with environment_faults(f"write to {path.parent}"):
         write_schema(partial, schema)
@@ -604,7 +604,7 @@ def remove_replaced(path: Path) -> None:
             shutil.rmtree(_replaced(path), ignore_errors=True)
 
 
-def refuse_taken(path: Path, *, overwrite: bool) -> None:
+def refuse_taken_dataset(path: Path, *, overwrite: bool) -> None:
     """Refuse to write where something is already, but for an empty folder.
 
     Raises:
@@ -645,7 +645,7 @@ def write_dataset(
     schema = schema.sealed()
     partial = path.with_name(f".{path.name}.partial")
     with locked(path, "dataset"), environment_faults(f"write to {path.parent}"):
-        refuse_taken(path, overwrite=False)
+        refuse_taken_dataset(path, overwrite=False)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             splits: dict[Split, StoredSplit] = {}

@@ -20,7 +20,12 @@ from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpo
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
-from dlrm.training.begin import is_begun, refuse_taken, train_or_resume
+from dlrm.training.begin import (
+    is_begun,
+    refuse_another_training,
+    refuse_taken_run,
+    train_or_resume,
+)
 
 
 def run(request: Request) -> None:
@@ -39,9 +44,9 @@ def run(request: Request) -> None:
 def _run(request: Request) -> None:
     # What can be refused is refused before the long work starts.
     if request.inference_only:
-        refuse_taken(request.run)
+        refuse_taken_run(request.run)
     else:
-        is_begun(request.run, request.train)
+        refuse_another_training(request.run, request.train)
     find_source(request.source, request.prepare)
     if request.save_model and not request.save_model.parent.is_dir():
         raise UserError(
@@ -111,7 +116,8 @@ def _continue(
     say(f"Loading saved model {loaded.path}")
     initial = Path(request.train.continue_from)
     try:
-        if not is_begun(request.run, request.train):
+        refuse_another_training(request.run, request.train)
+        if not is_begun(request.run):
             schema = data.schema.with_max_ind_range(request.train.max_ind_range)
             converted = convert(loaded, schema, request.train.model)
             with environment_faults(f"write to {request.run}"):

@@ -34,24 +34,12 @@ from dlrm.files import (
 )
 from dlrm.model.dlrm import DLRM
 from dlrm.ops.library import advise_huge_pages
+from dlrm.training.meter import Metered
 from dlrm.training.optimizer import Optimizer
 
 logger = logging.getLogger("dlrm")
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Metered:
-    """What was trained since the last report."""
-
-    loss: float = 0.0
-    """Summed over rows."""
-    samples: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    data_wait_seconds: float = 0.0
-    """Of these, spent waiting for data."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,10 @@ from dlrm.training.events import (
     Stop,
 )
 from dlrm.training.interruption import InterruptedNow, Interruption
-from dlrm.training.meter import Meter
+from dlrm.training.meter import Meter, Metered
 from dlrm.training.mlperf import MlperfLog
 from dlrm.training.optimizer import Optimizer, learning_rate
-from dlrm.training.saving import Metered, Progress, Saver, first_not_finite, tensors_of
+from dlrm.training.saving import Progress, Saver, first_not_finite, tensors_of
 from dlrm.training.step import choose_step
 
 logger = logging.getLogger("dlrm")
@@ -65,6 +65,17 @@ _NOT_TRAINING = (
     *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrackingConfig)),
 )
 """Options that change no result."""
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """An evaluation on the selection split, so that the last is not made twice."""
+
+    step: int
+    """Steps taken in all when it was made."""
+    result: SplitResult
+    is_written: bool
+    """Whether its predictions are."""
 
 
 class Trainer:
@@ -140,9 +151,7 @@ class Trainer:
         self.train_loss = math.nan
         self._evaluation_due = False
         self._machine = self._describe_machine()
-        # The newest evaluation, the step it was made at, and whether predictions were written, so
-        # that the last is not made twice.
-        self._evaluated: tuple[int, SplitResult, bool] | None = None
+        self._evaluated: _Evaluated | None = None  # the newest
         self._meter = Meter(device, progress.metered if progress else Metered())
         if progress:
             self._restore(progress)
@@ -261,7 +270,14 @@ class Trainer:
                 loss = self.step(batch.to(self.device), rate)
             self._look_at_saver()
             if watched and not math.isfinite(loss.item()):
-                raise self._diverged(loss.item(), rate)
+                first = (position.step - 1) * config.mini_batch_size
+                last_row = min(first + config.mini_batch_size, self.train_rows) - 1
+                raise self._diverged(
+                    loss.item(),
+                    f"at step {position.step} of epoch {position.epoch}, whose batch is rows "
+                    f"{first} to {last_row} of the training split",
+                    rate,
+                )
             meter.add(loss, len(batch))
             for listener in self.listeners:
                 listener.on_step(position, len(batch))
@@ -325,8 +341,8 @@ class Trainer:
         named = self.best_step is not None and self._lost_step != step
         if self._saver.saved_step != step or not named:
             auc = -math.inf
-            if self._evaluated and self._evaluated[0] == step:
-                auc = self._evaluated[1].metrics.auc
+            if self._evaluated and self._evaluated.step == step:
+                auc = self._evaluated.result.metrics.auc
             if self.best_step is None or not auc <= self.best_auc:
                 self.best_auc, self.best_step = max(self.best_auc, auc), step
             if fault := self._save(wait=True):
@@ -450,39 +466,34 @@ class Trainer:
             self.optimizer.load_state(load_optimizer_state(path))
         return info
 
-    def _diverged(self, loss: float, rate: float) -> UserError:
-        """Return what to raise when the loss of the step just taken is not finite."""
-        position, size = self.position, self.config.mini_batch_size
-        first = (position.step - 1) * size
+    def _diverged(self, loss: float, where: str, rate: float) -> UserError:
+        """Return what to raise when a loss is not finite."""
         name = first_not_finite(tensors_of(self.model, self.optimizer))
         return UserError(
-            f"the loss is {loss} at step {position.step} of epoch {position.epoch}, whose batch is "
-            f"rows {first} to {min(first + size, self.train_rows) - 1} of the training split: "
-            "training has diverged. Lower --learning-rate "
-            f"(it is {rate}), or warm up. The first tensor that is not finite is "
-            f"{name or 'the loss'}; what was saved before is kept."
+            f"the loss is {loss} {where}: training has diverged. Lower --learning-rate (it is "
+            f"{rate}), or warm up. The first tensor that is not finite is {name or 'the loss'}; "
+            "what was saved before is kept."
         )
 
     def _report(self, rate: float) -> None:
-        loss, samples, steps, seconds, data_wait_seconds = self._meter.read()
-        self.train_loss = loss
-        self.train_samples += samples
-        self.train_seconds += seconds
+        read = self._meter.read()
+        self.train_loss = loss = read.loss / read.samples
+        self.train_samples += read.samples
+        self.train_seconds += read.seconds
         if not math.isfinite(loss):  # of a device, where not every step is looked at
-            name = first_not_finite(tensors_of(self.model, self.optimizer))
-            raise UserError(
-                f"the loss is {loss} in the {steps} steps up to step {self.position.step} of epoch "
-                f"{self.position.epoch}: training has diverged. Lower --learning-rate (it is "
-                f"{rate}), or warm up. The first tensor that is not finite is "
-                f"{name or 'the loss'}; what was saved before is kept."
+            steps, position = read.steps, self.position
+            raise self._diverged(
+                loss,
+                f"in the {steps} steps up to step {position.step} of epoch {position.epoch}",
+                rate,
             )
         report = Report(
             self.position,
             self.steps_per_epoch,
             loss,
-            1000 * seconds / steps,
-            1000 * data_wait_seconds / steps,
-            samples / seconds,
+            1000 * read.seconds / read.steps,
+            1000 * read.data_wait_seconds / read.steps,
+            read.samples / read.seconds,
             rate,
         )
         for listener in self.listeners:
@@ -494,10 +505,10 @@ class Trainer:
         if (
             evaluated
             and split == self.config.selection_split
-            and evaluated[0] == self.position.total_steps
-            and evaluated[2] >= write
+            and evaluated.step == self.position.total_steps
+            and evaluated.is_written >= write
         ):
-            return evaluated[1]
+            return evaluated.result
         writing: AbstractContextManager[PredictionsWriter | None] = contextlib.nullcontext()
         if write:
             writing = self.run.write_predictions(split, self.data.manifest.fingerprint)
@@ -537,7 +548,7 @@ class Trainer:
             raise self._stopped_by_signal() from None
         self._look_at_saver(wait=True)  # whether the best so far is saved
         self._evaluation_due = False
-        self._evaluated = (self.position.total_steps, result, is_last)
+        self._evaluated = _Evaluated(self.position.total_steps, result, is_last)
         metrics = result.metrics
         is_best = not metrics.auc <= self.best_auc  # an undefined AUC (one class) counts as new
         if is_best:
