@@ -234,8 +234,9 @@ def test_a_run_that_has_ended_is_not_trained_and_its_result_is_returned(
     result = dlrm.train(dataset, tmp_path / "run", config)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with caplog.at_level("INFO", "dlrm"):
-        assert dlrm.resume(tmp_path / "run") == result
+        assert dlrm.resume(tmp_path / "run", profile=tmp_path / "trace.json") == result
     assert "has ended already (the limit of 3 steps)" in caplog.text
+    assert f"nothing is trained, so {tmp_path / 'trace.json'} is not written" in caplog.text
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -105,6 +105,8 @@ def resume(
         if (run / "result.json").exists():
             result = Run.open(run).result()
             logger.info("%s has ended already (%s); its result:", run, result.stopped)
+            if trace is not None:
+                logger.warning("nothing is trained, so %s is not written", trace)
             return result
         place = Path(dataset) if dataset else place
         if place is None:
