@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dlrm.arrow import open_arrow
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, atomic_write, check_version, environment_faults
 from dlrm.schema import Split
@@ -184,8 +185,8 @@ class Predictions:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-            yield pa.ipc.open_file(file)
+        with open_arrow(path) as reader:
+            yield reader
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"there are no predictions at {path}. A run that ends writes them for validation and "

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dlrm.arrow import open_arrow
 from dlrm.config import PrepareConfig
 from dlrm.data.batch import Batch, make_batch
 from dlrm.data.spool import RejectedRow
@@ -408,8 +409,7 @@ def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]
     expected = stored_columns(schema)
     rows = 0
     try:
-        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-            reader = pa.ipc.open_file(file)
+        with open_arrow(path) as reader:
             if reader.schema != expected:
                 raise _damaged(path, f"expected the columns {expected}, got {reader.schema}")
             for index in range(reader.num_record_batches):
