@@ -176,19 +176,24 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
-        from dlrm.training.begin import resume, train
+        from dlrm.runs import to_resume
+        from dlrm.training.begin import resume, train, way_on
         from dlrm.training.events import Console
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)
-            _print_json(resume(self.resume, self.dataset, [Console()], profile=self.profile))
-            return
-        if self.dataset is None or self.run is None:
+            with way_on(self.resume, to_resume(self.resume)):
+                result = resume(self.resume, self.dataset, [Console()], profile=self.profile)
+        elif self.dataset is None or self.run is None:
             raise UserError(
                 "name the DATASET and the RUN to make: dlrm train DATASET --run RUN; or the RUN to "
                 "go on with: dlrm train --resume RUN"
             )
-        result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
+        else:
+            with way_on(self.run, to_resume(self.run)):
+                result = train(
+                    self.dataset, self.run, self.options, [Console()], profile=self.profile
+                )
         _print_json(result)
 
     def _refuse_options_beside_resume(self, run: Path) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dlrm.config import PrepareConfig, TrainConfig
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
-from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.prediction import load, predict_file
 from dlrm.report.page import write_report
 from dlrm.runs import RunResult
-from dlrm.training.begin import refuse_another_training, train_or_resume
+from dlrm.training.begin import refuse_another_training, train_or_resume, way_on
 from dlrm.training.events import Console
 
 logger = logging.getLogger("dlrm")
@@ -56,7 +53,7 @@ def run_all(
     for number, stage in enumerate(stages, start=1):
         logger.info("  %d. %s", number, stage)
     prepare(source, dataset, prepare_config)
-    with _to_be_repeated(run):
+    with way_on(run, "repeat the same command."):
         result = train_or_resume(dataset, run, train_config, [Console()])
         if test.exists():
             summary = predict_file(load(run), test, run / "submission.csv")
@@ -66,18 +63,3 @@ def run_all(
             "described the run in %s; with the importance of features: dlrm report RUN", report
         )
     return result
-
-
-@contextmanager
-def _to_be_repeated(run: Path) -> Iterator[None]:
-    """Say of what is interrupted how to go on with all of it, the stages after training too."""
-    try:
-        yield
-    except StoppedBySignalError as error:
-        raise error.with_way_on("repeat the same command.") from None
-    except UserError:
-        raise
-    except BaseException:
-        if (run / "config.toml").exists():
-            logger.warning("%s is unfinished; the same command goes on with it", run)
-        raise

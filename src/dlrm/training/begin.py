@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from dlrm.config import TrainConfig, differences, read_run_config, write_config
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.device import memory_faults, open_device
-from dlrm.errors import UserError
+from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.files import environment_faults, locked
-from dlrm.runs import Run, RunResult
+from dlrm.runs import Run, RunResult, to_resume
 from dlrm.schema import read_schema
 from dlrm.training.events import Events, JsonLines
 from dlrm.training.interruption import noted_signals
@@ -224,6 +223,26 @@ def _train(trainer: Trainer, listeners: Sequence[Events], trace: Path | None) ->
         return trainer.finish()
 
 
+@contextlib.contextmanager
+def way_on(run: Path, to_go_on: str) -> Iterator[None]:
+    """Say of a training that something ends how to go on with it, unless it cannot.
+
+    Args:
+        run: The RUN folder.
+        to_go_on: What goes on with it.
+    """
+    try:
+        yield
+    except StoppedBySignalError as error:
+        raise error.with_way_on(to_go_on) from None
+    except UserError:
+        raise
+    except BaseException:
+        if is_begun(run):
+            logger.warning("%s is unfinished. To go on: %s", run, to_go_on)
+        raise
+
+
 def train_or_resume(
     dataset: Path, run: Path, config: TrainConfig, listeners: Sequence[Events] = ()
 ) -> RunResult:
@@ -271,7 +290,7 @@ def refuse_taken_run(run: Path) -> None:
     if (run / "config.toml").exists():
         raise UserError(
             f"{run} holds a run already that has not ended: it was interrupted, or still goes on. "
-            f"dlrm train --resume {shlex.quote(str(run))} goes on with it. Or choose another "
+            f"{to_resume(run)} goes on with it. Or choose another "
             "folder, or delete this one."
         )
     if run.exists():

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import shlex
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -37,6 +36,7 @@ from dlrm.runs import (
     RunResult,
     hardware,
     peak_memory_bytes,
+    to_resume,
     versions,
 )
 from dlrm.schema import Split
@@ -328,7 +328,7 @@ class Trainer:
             number,
             f"stopped by {signal.Signals(number).name} after step {self.position.total_steps}; "
             f"{'nothing' if saved is None else f'step {saved}'} is saved.",
-            f"dlrm train --resume {shlex.quote(str(self.run.path))}",
+            to_resume(self.run.path),
         )
 
     def _save_last(self) -> None:
