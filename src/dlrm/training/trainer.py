@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from dlrm.data.dataset import Dataset
 from dlrm.device import random_state, set_random_state
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
+from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.predictions import PredictionsWriter
 from dlrm.runs import (
@@ -367,7 +368,14 @@ class Trainer:
         results: dict[str, SplitResult] = {}
         splits: tuple[Split, ...] = ("validation", "test")
         for split in splits:
-            results[split] = self._evaluate(split, write=True)
+            evaluated = self._evaluated if split == config.selection_split else None
+            if (
+                evaluated is None
+                or evaluated.step != self.position.total_steps
+                or not evaluated.is_written
+            ):
+                evaluated = self._evaluate(split, lambda metrics: True)
+            results[split] = evaluated.result
         result = RunResult(
             epochs=self.position.epoch + self.position.step / self.steps_per_epoch,
             train_samples=self.train_samples,
@@ -499,21 +507,22 @@ class Trainer:
         for listener in self.listeners:
             listener.on_report(report)
 
-    def _evaluate(self, split: Split, *, write: bool) -> SplitResult:
-        """Evaluate a split, unless that was done, and maybe write its predictions."""
-        evaluated = self._evaluated
-        if (
-            evaluated
-            and split == self.config.selection_split
-            and evaluated.step == self.position.total_steps
-            and evaluated.is_written >= write
-        ):
-            return evaluated.result
+    def _evaluate(
+        self, split: Split, is_wanted: Callable[[Metrics], bool] | None = None
+    ) -> _Evaluated:
+        """Evaluate a split.
+
+        Args:
+            split: Which split.
+            is_wanted: Tells of its metrics whether its predictions are kept; None: none are
+                written.
+        """
         writing: AbstractContextManager[PredictionsWriter | None] = contextlib.nullcontext()
-        if write:
+        if is_wanted:
             writing = self.run.write_predictions(split, self.data.manifest.fingerprint)
+        is_written = False
         with writing as predictions:
-            return evaluate_split(
+            result = evaluate_split(
                 self.model,
                 self.data,
                 split,
@@ -523,33 +532,40 @@ class Trainer:
                 folder=self.run.path,
                 predictions=predictions,
             )
+            if is_wanted and predictions:
+                predictions.is_wanted = is_written = is_wanted(result.metrics)
+        return _Evaluated(self.position.total_steps, result, is_written)
 
     def _evaluate_and_save(self) -> None:
         for listener in self.listeners:
             listener.on_evaluation_start(self.position, self.steps_per_epoch)
         self._evaluation_due = True
+        config = self.config
         # What is likely to be the run's result, so that it is not evaluated once more.
         is_last = bool(self.stopped) or (
-            self.position.step == self.steps_per_epoch
-            and self.position.epoch + 1 == self.config.epochs
+            self.position.step == self.steps_per_epoch and self.position.epoch + 1 == config.epochs
         )
+        writes = is_last or bool(config.target_auc or config.target_accuracy)
+
+        def ends(metrics: Metrics) -> bool:
+            return is_last or bool(self._reached(metrics))
+
         try:
             with self.interruption.at_once():
                 try:
-                    result = self._evaluate(self.config.selection_split, write=is_last)
+                    evaluated = self._evaluate(config.selection_split, ends if writes else None)
                 except EnvironmentFaultError:
-                    if not is_last:
+                    if not writes:
                         raise
                     # The disk may be full. First what was trained is saved; at the end predictions
                     # are tried again.
-                    is_last = False
-                    result = self._evaluate(self.config.selection_split, write=False)
+                    evaluated = self._evaluate(config.selection_split)
         except InterruptedNow:
             raise self._stopped_by_signal() from None
         self._look_at_saver(wait=True)  # whether the best so far is saved
         self._evaluation_due = False
-        self._evaluated = _Evaluated(self.position.total_steps, result, is_last)
-        metrics = result.metrics
+        self._evaluated = evaluated
+        metrics = evaluated.result.metrics
         is_best = not metrics.auc <= self.best_auc  # an undefined AUC (one class) counts as new
         if is_best:
             self._best_before = (self.best_auc, self.best_step)
@@ -567,13 +583,18 @@ class Trainer:
         )
         for listener in self.listeners:
             listener.on_evaluation(evaluation)
+        self.stopped = self._reached(metrics) or self.stopped
+        self._save()
+
+    def _reached(self, metrics: Metrics) -> str:
+        """Tell which target an evaluation reaches; empty: none."""
         for name, value, target in (
-            ("auc", metrics.auc, self.config.target_auc),
             ("accuracy", metrics.accuracy, self.config.target_accuracy),
+            ("auc", metrics.auc, self.config.target_auc),
         ):
             if target and value >= target:
-                self.stopped = f"{TARGET_REACHED}: {name} {value:.6f} ≥ {target}"
-        self._save()
+                return f"{TARGET_REACHED}: {name} {value:.6f} ≥ {target}"
+        return ""
 
     def _save(self, *, wait: bool = False) -> EnvironmentFaultError | None:
         """Save a checkpoint, and return why one was not saved, if that is known."""
