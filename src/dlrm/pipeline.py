@@ -26,6 +26,8 @@ def run_all(
 ) -> RunResult:
     """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, write a report.
 
+    Where there is no ``test.txt``, or an empty one, nothing is predicted.
+
     What was interrupted goes on where it stopped when it is called again in the same way.
 
     Args:
@@ -47,7 +49,8 @@ def run_all(
     dataset = dataset or run / "dataset"
     test = found.files[0].path.with_name("test.txt")
     stages = [f"prepare {dataset}", f"train and evaluate in {run}"]
-    if test.exists():
+    predicts = test.exists() and test.stat().st_size > 0
+    if predicts:
         stages.append(f"predict {test} into {run / 'submission.csv'}")
     stages.append(f"describe it in {run / 'report.html'}")
     for number, stage in enumerate(stages, start=1):
@@ -55,7 +58,7 @@ def run_all(
     prepare(source, dataset, prepare_config)
     with way_on(run, "repeat the same command."):
         result = train_or_resume(dataset, run, train_config, [Console()])
-        if test.exists():
+        if predicts:
             summary = predict_file(load(run), test, run / "submission.csv")
             logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
         report = write_report(run, importance_rows=0)
