@@ -44,6 +44,9 @@ def test_the_plan_comes_first(
         f"predicted 300 rows into {run}/submission.csv",
         f"described the run in {run}/report.html; with the importance of features: dlrm report RUN",
     ]
+    assert "training on 2572 rows: 1 epoch of 11 steps of 256 rows" in caplog.text
+    if result.kernels == "native":
+        assert "native kernels: built and loaded" in caplog.messages
     assert "<title>run: DLRM</title>" in (run / "report.html").read_text()
     assert result.metrics["test"].samples == 214
     assert len((run / "submission.csv").read_text().splitlines()) == 301

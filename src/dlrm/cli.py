@@ -386,7 +386,8 @@ class Predict:
     """Predict the click probability of raw rows.
 
     INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
-    Criteo's test.txt a valid Kaggle submission. MODEL is a RUN; its DATASET is not needed.
+    Criteo's test.txt a valid Kaggle submission, compressed if its name ends in .gz. MODEL is a RUN;
+    its DATASET is not needed.
     """
 
     model: tyro.conf.Positional[Path]
@@ -397,6 +398,8 @@ class Predict:
     """The CSV file to write."""
     first_id: int | None = None
     """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    overwrite: bool = False
+    """Replace OUTPUT if it is there already."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     device: DeviceKind = "cpu"
@@ -417,7 +420,14 @@ class Predict:
             local_rank=self.local_rank,
             amp=self.amp,
         )
-        _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
+        summary = predict_file(
+            predictor,
+            self.input,
+            self.output,
+            first_id=self.first_id,
+            overwrite=self.overwrite,
+        )
+        _print_json(summary)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def run_all(
     with way_on(run, "repeat the same command."):
         result = train_or_resume(dataset, run, train_config, [Console()])
         if predicts:
-            summary = predict_file(load(run), test, run / "submission.csv")
+            summary = predict_file(load(run), test, run / "submission.csv", overwrite=True)
             logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
         report = write_report(run, importance_rows=0)
         logger.info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from dlrm.training.begin import (
     refuse_taken_run,
     train_or_resume,
 )
+
+logger = logging.getLogger("dlrm")
 
 
 def run(request: Request) -> None:
@@ -84,6 +87,8 @@ def _run(request: Request) -> None:
         log.report_test(result.metrics)
     else:
         _continue(loaded, request, data, log)
+    # Not among the reference's lines on standard output, which others parse.
+    logger.info("the run is in %s", request.run)
 
 
 def _announce(request: Request, device: str) -> None:
