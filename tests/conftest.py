@@ -104,15 +104,17 @@ class Warm:
 
 @pytest.fixture(scope="session")
 def start_warm() -> Iterator[Callable[..., Warm]]:
-    """A function that starts a warm process, which ends with the tests."""
-    started: list[Warm] = []
+    """A function that starts a warm process, one of a kind, which ends with the tests."""
+    started: dict[tuple[Path, ...], Warm] = {}
 
     def start(driver: Path, *arguments: Path) -> Warm:
-        started.append(Warm(driver, *arguments))
-        return started[-1]
+        kind = (driver, *arguments)
+        if kind not in started:
+            started[kind] = Warm(*kind)
+        return started[kind]
 
     yield start
-    for each in started:
+    for each in started.values():
         each.close()
 
 

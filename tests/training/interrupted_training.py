@@ -34,6 +34,7 @@ from dlrm import cli, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
+from dlrm.report import page  # noqa: E402
 from dlrm.training import begin, events, saving, trainer  # noqa: E402
 from dlrm.training.events import Console, Events  # noqa: E402
 from dlrm.training.step import EagerStep  # noqa: E402
@@ -64,10 +65,12 @@ def train_once(dataset: Path) -> None:
     model = ModelConfig(
         embedding_dim=2, dense_arch_layer_sizes=(2,), over_arch_layer_sizes=(1,), dropout=0.1
     )
+    importlib.import_module("dlrm.reference.runner")
     for dropout in (0.0, 0.1):
         config = TrainConfig(model=replace(model, dropout=dropout), max_steps=2)
         with tempfile.TemporaryDirectory() as folder:
             begin.train(dataset, Path(folder) / "run", config)
+            page.write_report(Path(folder) / "run", importance_rows=0)
 
 
 def answer(request: dict[str, Any], said: int) -> None:
