@@ -47,7 +47,7 @@ struct Bags {
 // y[p][r] = sum over k of matrix[r][k] x[p][k] (+ bias[r]); then where relu, max(·, 0); where mask,
 // 0 wherever mask[p][r] <= 0.
 struct Linear {
-  const float* matrix;  // (out, in)
+  const float* matrix;  // (out, in), or where transposed, (in, out)
   const float* bias;    // (out), or nullptr
   const float* mask;    // (panels, out), or nullptr
   const float* x;       // (panels, in)
@@ -55,6 +55,7 @@ struct Linear {
   int64_t in;
   int64_t out;
   bool relu;
+  bool transposed;
 };
 
 // One fully connected layer's parameters and what its update needs, for weight_update.
@@ -79,12 +80,8 @@ struct Kernels {
   int64_t panel;  // kPanel
 
   // Outputs [begin, end) for so many panels. Of a single panel the first so many rows suffice; for
-  // one there must be a bias and no mask.
+  // one there must be a bias, no mask and no transposition.
   void (*linear)(const Linear& layer, int64_t begin, int64_t end, int64_t panels, int64_t rows);
-
-  // The rows [begin, end) of W (rows, columns) become columns of its transpose.
-  void (*transpose)(const float* matrix, float* transposed, int64_t rows, int64_t columns,
-                    int64_t begin, int64_t end);
 
   // Panels [begin, end) of x become columns.
   void (*to_columns)(const float* x, float* columns, int64_t features, int64_t panels,

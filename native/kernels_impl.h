@@ -25,8 +25,9 @@ struct Tile {
   Vector sums[kRows][kVectors];
 };
 
-// tile[r] += sum over k of a[r * stride + k] * x[k], for vectors x[k] of kPanel lanes.
-template <int kRows, int kVectors>
+// tile[r] += sum over k of a[r][k] * x[k], for vectors x[k] of kPanel lanes. Rows of a lie `stride`
+// apart; where it is kTransposed, its columns do.
+template <bool kTransposed, int kRows, int kVectors>
 __attribute__((always_inline)) inline void multiply(Tile<kRows, kVectors>& tile, const float* a,
                                                     int64_t stride, const float* x,
                                                     int64_t depth) {
@@ -37,7 +38,7 @@ __attribute__((always_inline)) inline void multiply(Tile<kRows, kVectors>& tile,
     for (int v = 0; v < kVectors; ++v) factors[v] = load(x + k * kPanel + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vector factor = broadcast(a[r * stride + k]);
+      const Vector factor = broadcast(kTransposed ? a[k * stride + r] : a[r * stride + k]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += factor * factors[v];
     }
@@ -63,7 +64,7 @@ constexpr int64_t kTerms = 64;
 constexpr int64_t kInputsAtOnce = 4 * kTerms;
 
 // One fully connected layer. Sums wait in y while other inputs, or other panels, are taken.
-template <int kVectors>
+template <bool kTransposed, int kVectors>
 void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels) {
   for (int64_t top = 0; top == 0 || top < layer.in; top += kInputsAtOnce) {
     const int64_t bottom = smaller(top + kInputsAtOnce, layer.in);
@@ -82,8 +83,11 @@ void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t pan
           }
           for (int64_t k = top; k < bottom; k += kTerms) {
             Tile<kRows, kVectors> terms{};
-            multiply(terms, layer.matrix + row * layer.in + k, layer.in,
-                     layer.x + (p * layer.in + k) * kPanel, smaller(kTerms, bottom - k));
+            multiply<kTransposed>(
+                terms,
+                kTransposed ? layer.matrix + k * layer.out + row : layer.matrix + row * layer.in + k,
+                kTransposed ? layer.out : layer.in, layer.x + (p * layer.in + k) * kPanel,
+                smaller(kTerms, bottom - k));
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -154,19 +158,14 @@ void linear_row(const Linear& layer, int64_t begin, int64_t end) {
     }
   }
 #endif
-  linear_outputs<1>(layer, row, end, 1);
+  linear_outputs<false, 1>(layer, row, end, 1);
 }
 
 void linear(const Linear& layer, int64_t begin, int64_t end, int64_t panels, int64_t rows) {
+  if (layer.transposed) return linear_outputs<true, 2>(layer, begin, end, panels);
   if (rows == 1) return linear_row(layer, begin, end);
-  if (rows <= kWidth) return linear_outputs<1>(layer, begin, end, panels);
-  linear_outputs<2>(layer, begin, end, panels);
-}
-
-void transpose(const float* matrix, float* transposed, int64_t rows, int64_t columns,
-               int64_t begin, int64_t end) {
-  transpose_block([&](int64_t i) { return matrix + (begin + i) * columns; },
-                  [&](int64_t j) { return transposed + j * rows + begin; }, end - begin, columns);
+  if (rows <= kWidth) return linear_outputs<false, 1>(layer, begin, end, panels);
+  linear_outputs<false, 2>(layer, begin, end, panels);
 }
 
 void to_columns(const float* x, float* columns, int64_t features, int64_t panels, int64_t begin,
@@ -196,14 +195,26 @@ inline Vector moved(Vector weight, Vector& sum, Vector gradient, const Update& u
 // The first n <= kWidth of a vector's floats.
 inline Vector load_some(const float* from, int64_t n) {
   if (n == kWidth) return load(from);
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps((1u << n) - 1, from);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(from, first_lanes(n));
+#else
   Vector some{};
   for (int64_t i = 0; i < n; ++i) some[i] = from[i];
   return some;
+#endif
 }
 
 inline void store_some(float* to, Vector value, int64_t n) {
   if (n == kWidth) return store(to, value);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (1u << n) - 1, value);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(to, first_lanes(n), value);
+#else
   for (int64_t i = 0; i < n; ++i) to[i] = value[i];
+#endif
 }
 
 // Moves n <= kWidth neighbouring weights.
@@ -231,16 +242,15 @@ void bias_update(const LayerUpdate& layer, const Update& update, int64_t row) {
 }
 
 // Panels whose columns go through all outputs before the next, to stay in the first cache.
-constexpr int64_t kPanelsAtOnce = 16;
+constexpr int64_t kPanelsAtOnce = 4096 / (kPanel * kPanel);
 
-// Updates the weights of outputs [begin, end) and inputs i … i + kPanel - 1, or fewer at the end.
-template <bool kAdaptive, bool kWhole>
+// Updates the weights of outputs [begin, end) and of kVectors vectors of inputs from i on, the last
+// of which has fewer than kWidth unless kWhole.
+template <bool kAdaptive, bool kWhole, int kVectors = 2>
 void columns_update(const LayerUpdate& layer, const Update& update, int64_t begin, int64_t end,
                     int64_t i) {
-  const auto count = [&](int half) {
-    if (kWhole) return kWidth;
-    const int64_t n = smaller(kWidth, layer.in - i - half * kWidth);
-    return n < 0 ? 0 : n;
+  const auto count = [&](int v) {
+    return kWhole ? kWidth : smaller(kWidth, layer.in - i - v * kWidth);
   };
   float* moving = layer.last ? layer.weight : layer.weight_gradient;
   float sums[kOutputsAtOnce * kPanel];  // of the panels before
@@ -249,29 +259,30 @@ void columns_update(const LayerUpdate& layer, const Update& update, int64_t begi
     const bool done = bottom == layer.panels;
     const float* x = layer.columns + (i * layer.panels + top * kPanel) * kPanel;
     for_blocks(begin, end, [&]<int kRows>(int64_t row) {
-      Tile<kRows> tile{};
+      Tile<kRows, kVectors> tile{};
       const int64_t first = row * layer.in + i;
       float* partial = sums + (row - begin) * kPanel;
       if (done) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           // Needed when the sums are done; they come from beyond the second cache.
-          __builtin_prefetch(moving + first + r * layer.in, 1);
-          __builtin_prefetch(moving + first + r * layer.in + kWidth, 1);
+          for (int v = 0; v < kVectors; ++v) {
+            __builtin_prefetch(moving + first + r * layer.in + v * kWidth, 1);
+          }
         }
       }
       if (top) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          for (int half = 0; half < 2; ++half) {
-            tile.sums[r][half] = load(partial + r * kPanel + half * kWidth);
+          for (int v = 0; v < kVectors; ++v) {
+            tile.sums[r][v] = load(partial + r * kPanel + v * kWidth);
           }
         }
       } else if (!layer.first) {
         for (int r = 0; r < kRows; ++r) {
-          for (int half = 0; half < 2; ++half) {
-            const float* from = layer.weight_gradient + first + r * layer.in + half * kWidth;
-            tile.sums[r][half] = load_some(from, count(half));
+          for (int v = 0; v < kVectors; ++v) {
+            const float* from = layer.weight_gradient + first + r * layer.in + v * kWidth;
+            tile.sums[r][v] = load_some(from, count(v));
           }
         }
       }
@@ -280,14 +291,14 @@ void columns_update(const LayerUpdate& layer, const Update& update, int64_t begi
         // The next tile's gradients: too short a run for the processor to foresee.
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) __builtin_prefetch(gradient + (kRows + r) * kPanel);
-        multiply(tile, gradient, kPanel, x + (p - top) * kPanel * kPanel, kPanel);
+        multiply<false>(tile, gradient, kPanel, x + (p - top) * kPanel * kPanel, kPanel);
       }
       if (!done) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            store(partial + r * kPanel + half * kWidth, tile.sums[r][half]);
+          for (int v = 0; v < kVectors; ++v) {
+            store(partial + r * kPanel + v * kWidth, tile.sums[r][v]);
           }
         }
         return;
@@ -295,13 +306,13 @@ void columns_update(const LayerUpdate& layer, const Update& update, int64_t begi
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          const int64_t at = first + r * layer.in + half * kWidth;
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = first + r * layer.in + v * kWidth;
           if (layer.last) {
-            move<kAdaptive>(layer.weight + at, layer.weight_sum + at, tile.sums[r][half],
-                            count(half), update);
+            move<kAdaptive>(layer.weight + at, layer.weight_sum + at, tile.sums[r][v],
+                            count(v), update);
           } else {
-            store_some(layer.weight_gradient + at, tile.sums[r][half], count(half));
+            store_some(layer.weight_gradient + at, tile.sums[r][v], count(v));
           }
         }
       }
@@ -315,7 +326,11 @@ void layer_update(const LayerUpdate& layer, const Update& update, int64_t begin,
   for (; i + kPanel <= layer.in; i += kPanel) {
     columns_update<kAdaptive, true>(layer, update, begin, end, i);
   }
-  if (i < layer.in) columns_update<kAdaptive, false>(layer, update, begin, end, i);
+  if (i + kWidth < layer.in) {
+    columns_update<kAdaptive, false>(layer, update, begin, end, i);
+  } else if (i < layer.in) {
+    columns_update<kAdaptive, false, 1>(layer, update, begin, end, i);
+  }
   for (int64_t row = begin; row < end; ++row) bias_update<kAdaptive>(layer, update, row);
 }
 
@@ -480,8 +495,8 @@ void row_update(float* row, float* sum, const float* gradient, int64_t dim,
 }
 
 constexpr dlrm::Kernels make_kernels(const char* name) {
-  return {name,     kPanel,   linear,            transpose, to_columns, weight_update, prefetch,
-          gather,   interact, interact_backward, to_rows,   add_scaled, row_update};
+  return {name,     kPanel,   linear,            to_columns, weight_update, prefetch,
+          gather,   interact, interact_backward, to_rows,    add_scaled,    row_update};
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
     const auto [weight, bias, in, out] = layers[l];
     const float* from = l == 0 ? input : output[l - 1];
     return Linear{weight, bias, nullptr, from + panel * in * width, output[l] + panel * out * width,
-                  in,     out,  relu_last || l + 1 < layers.size()};
+                  in,     out,  relu_last || l + 1 < layers.size(), false};
   };
   const int64_t wanted = columns.empty() ? rows : panels * width;  // columns take whole panels
   if (columns.empty() && panels < at::get_num_threads()) {  // few rows: share out the outputs
@@ -106,17 +106,15 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
 namespace {
 
 void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList inputs,
-                  at::TensorList transposed, at::TensorList gradients,
-                  const std::optional<at::Tensor>& input_gradient) {
+                  at::TensorList gradients, const std::optional<at::Tensor>& input_gradient) {
   const Kernels& kernel = kernels();
   const std::vector<Layer> layers = layers_of(weights, biases);
   const size_t count = layers.size();
-  TORCH_CHECK(inputs.size() == count && transposed.size() == count && gradients.size() == count,
-              "dlrm: as many inputs, transposed weights and gradients as layers are needed");
+  TORCH_CHECK(inputs.size() == count && gradients.size() == count,
+              "dlrm: as many inputs and gradients as layers are needed");
   const int64_t panels = gradients[0].size(0), width = kernel.panel;
   struct Backward {
     const float* mask;
-    float* transposed;
     float* from;
     float* to;
   };
@@ -131,35 +129,22 @@ void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList 
     } else if (input_gradient) {
       step.to = write(*input_gradient, {panels, in, width}, "input_gradient");
     }
-    if (step.to) step.transposed = write(transposed[l], {in, out}, "transposed");
     steps.push_back(step);
   }
-  constexpr int64_t kRowsAtOnce = 64;
-  std::vector<std::pair<size_t, int64_t>> tasks;
-  for (size_t l = 0; l < count; ++l) {
-    for (int64_t row = 0; steps[l].to && row < layers[l].out; row += kRowsAtOnce) {
-      tasks.emplace_back(l, row);
-    }
-  }
-  for_tasks(tasks.size(), [&](int64_t task) {
-    const auto [l, row] = tasks[task];
-    const Layer& layer = layers[l];
-    kernel.transpose(layer.weight, steps[l].transposed, layer.out, layer.in, row,
-                     std::min(row + kRowsAtOnce, layer.out));
-  });
   for_panels(panels, [&](int64_t begin, int64_t end) {
     for (size_t l = count; l-- > 0;) {
-      const auto [mask, matrix, from, to] = steps[l];
+      const auto [mask, from, to] = steps[l];
       if (!to) continue;
       const int64_t in = layers[l].in, out = layers[l].out;
-      const Linear backward{matrix,
+      const Linear backward{layers[l].weight,
                             nullptr,
                             mask ? mask + begin * in * width : nullptr,
                             from + begin * out * width,
                             to + begin * in * width,
                             out,
                             in,
-                            false};
+                            false,
+                            true};
       kernel.linear(backward, 0, in, end - begin, panels * width);
     }
   });
@@ -230,7 +215,7 @@ TORCH_LIBRARY_FRAGMENT(dlrm, library) {
       "Tensor(a!)[] outputs, Tensor(b!)[] columns) -> ()");
   library.def(
       "mlp_backward(Tensor[] weights, Tensor[] biases, Tensor[] inputs, "
-      "Tensor(a!)[] transposed, Tensor(b!)[] gradients, Tensor(c!)? input_gradient) -> ()");
+      "Tensor(a!)[] gradients, Tensor(b!)? input_gradient) -> ()");
   library.def(
       "mlp_update(Tensor[] columns, Tensor[] gradients, Tensor(a!)[] weights, "
       "Tensor(b!)[] biases, Tensor(c!)[] weight_sums, Tensor(d!)[] bias_sums, "

@@ -52,6 +52,14 @@ inline Vector square_root(Vector value) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A mask of the first n of 8 lanes.
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 inline float sum_of(Vector value) {
   float sum = 0;
   for (int64_t lane = 0; lane < kWidth; ++lane) sum += value[lane];

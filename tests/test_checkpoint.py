@@ -97,11 +97,11 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_format_1_1_has_no_checksum_and_is_read(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
-    for version in ("1.0", "1.1", "1.2", "1.3"):
+    for version in ("1.0", "1.1", "1.2", "1.3", "1.4"):
         metadata = {"dlrm": msgspec.json.encode(replace(INFO, format_version=version)).decode()}
         safetensors.torch.save_file({"model.table": torch.ones(3)}, path, metadata)
         assert read_info(path).position == INFO.position
-        if version in ("1.2", "1.3"):
+        if version in ("1.2", "1.3", "1.4"):
             with pytest.raises(UserError, match="is damaged: its checksum is missing"):
                 verify(path)
         else:

@@ -77,6 +77,32 @@ def test_all_stages_by_hand_and_in_one_go_agree(
     assert submission == (tmp_path / "out.csv").read_text()
 
 
+def test_made_up_rows_are_generated_measured_and_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def execute(*arguments: object) -> dict[str, object]:
+        capsys.readouterr()
+        cli.parse([str(argument) for argument in arguments]).execute()
+        printed: dict[str, object] = json.loads(capsys.readouterr().out)
+        return printed
+
+    one, other, files = tmp_path / "one", tmp_path / "other", tmp_path / "dist_emb_j.log"
+    sizes = "--num-embeddings 50 7 --dense-features 3 --mini-batch-size 32".split()
+    made = execute("generate", one, "--data-size", 300, "--num-indices-per-lookup", 4, *sizes)
+    assert made["rows"] == {"train": 300, "validation": 300, "test": 300}
+    assert made["num_embeddings"] == 57
+    assert execute("stack-distances", one, files) == {
+        "cat_0": str(tmp_path / "dist_emb_0.log"),
+        "cat_1": str(tmp_path / "dist_emb_1.log"),
+    }
+    synthetic = ["--data-generation", "synthetic", "--data-trace-file", files]
+    made = execute("generate", other, *synthetic, "--num-batches", 2, "--test-rows", 9, *sizes)
+    assert made["rows"] == {"train": 64, "validation": 9, "test": 9}
+    with pytest.raises(UserError, match="start over with --overwrite"):
+        execute("generate", other, *sizes)
+    assert execute("generate", other, "--overwrite", *sizes)["rows"] != made["rows"]
+
+
 def test_a_runs_own_configuration_repeats_it(
     run_dlrm: RunDlrm, dataset: Path, tmp_path: Path
 ) -> None:

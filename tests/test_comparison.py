@@ -245,6 +245,22 @@ def test_a_side_of_different_recipes_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_of_different_kinds_the_options_of_both_are_shown(tmp_path: Path) -> None:
+    runs = recipe(tmp_path, "run", [0.4, 0.5])
+    with open(runs[0] / "config.toml", "a") as file:
+        file.write("epochs = 3\n")
+    with open(runs[1] / "config.toml", "a") as file:
+        file.write('kind = "baseline"\nmodel = "logistic"\ntrees = 9\n')
+    comparison = compare(runs)
+    assert {"epochs", "trees"} < set(comparison.configuration)
+    shown = describe(comparison).partition("configuration ")[2].splitlines()[1:4]
+    assert [line.split() for line in shown] == [
+        ["seed", "0", "1"],
+        ["kind", "-", "baseline"],
+        ["model", "-", "logistic"],
+    ]
+
+
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three seeds of a recipe, three more, and three that stopped after a tenth of the rows."""

@@ -78,7 +78,7 @@ def store(path: Path, **changed: object) -> None:
         {
             "split": str(changed.get("split", "test")),
             "dataset": FINGERPRINT,
-            "format_version": str(changed.get("format_version", "1.3")),
+            "format_version": str(changed.get("format_version", "1.4")),
         }
     )
     columns = {

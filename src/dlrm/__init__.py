@@ -22,6 +22,7 @@ from dlrm.version import __version__
 
 if TYPE_CHECKING:
     from dlrm.config import (
+        GenerateConfig,
         LossConfig,
         ModelConfig,
         OptimizerConfig,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         TrackingConfig,
         TrainConfig,
     )
+    from dlrm.data.generation import generate
     from dlrm.data.prepare import prepare
     from dlrm.data.synthetic import synthesize
     from dlrm.errors import EnvironmentFaultError, UserError
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DLRM",
     "EnvironmentFaultError",
+    "GenerateConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -51,6 +54,7 @@ __all__ = [
     "UserError",
     "__version__",
     "evaluate",
+    "generate",
     "load",
     "prepare",
     "resume",
@@ -63,6 +67,7 @@ _HOMES = {
     "EnvironmentFaultError": "dlrm.errors",
     "UserError": "dlrm.errors",
     "evaluate": "dlrm.evaluation",
+    "generate": "dlrm.data.generation",
     "load": "dlrm.prediction",
     "prepare": "dlrm.data.prepare",
     "resume": "dlrm.training.begin",

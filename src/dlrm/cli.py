@@ -27,6 +27,7 @@ from dlrm.config import (
     BaselineConfig,
     BenchTrainConfig,
     DeviceKind,
+    GenerateConfig,
     PrepareConfig,
     SynthesizeConfig,
     TrainConfig,
@@ -65,6 +66,75 @@ class Synthesize:
         from dlrm.data.synthetic import synthesize
 
         _print_json(synthesize(self.directory, self.options))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make a DATASET of made-up rows of any shape, to measure on without data.
+
+    The reference's generators: any number and size of tables, one id or several a row, ids that are
+    independent or that repeat as a real column's do. Labels are drawn too: there is nothing to
+    learn (`dlrm synthesize` makes rows with something to learn). A DATASET of the same options that
+    is there already is left as it is.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """The folder to make."""
+    options: Annotated[GenerateConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=GenerateConfig
+    )
+    overwrite: bool = False
+    """Replace a DATASET that is there, of other options."""
+
+    def execute(self) -> None:
+        """Make the rows and print what they are."""
+        from dlrm.data.generation import generate
+
+        data = generate(self.dataset, self.options, overwrite=self.overwrite)
+        _print_json(
+            {
+                "dataset": str(self.dataset),
+                "rows": {split: data.rows(split) for split in SPLITS},
+                "num_embeddings": sum(data.schema.num_embeddings),
+                "fingerprint": data.schema.fingerprint,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class StackDistances:
+    """Write the stack distances of a DATASET's ids, from which `dlrm generate` draws others.
+
+    How many distinct ids of a feature are accessed between two accesses to the same one tells how
+    well caches work. FILES is a name with a j in it, which stands for the number of the feature,
+    from 0: dist_emb_j.log. They are in the reference's format, without any row of the data, but
+    with the ids that occur.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """What `dlrm prepare` or `dlrm generate` made."""
+    files: tyro.conf.Positional[Path]
+    """Where they go."""
+    features: tuple[str, ...] = ()
+    """The sparse features, by name; by default all."""
+    split: Split = "train"
+    """Which rows, in their stored order."""
+    padding: bool = False
+    """Count more new ids than there are, as many as an access at the largest distance has accesses
+    on average: for columns in which few are new."""
+
+    def execute(self) -> None:
+        """Measure and print where the files are."""
+        from dlrm.data.stack_distance import write_stack_distances
+
+        written = write_stack_distances(
+            self.dataset,
+            self.files,
+            split=self.split,
+            features=self.features,
+            padding=self.padding,
+        )
+        _print_json({name: str(path) for name, path in written.items()})
 
 
 @dataclass(frozen=True)
@@ -507,8 +577,10 @@ class Reference:
 
 _VERBS: dict[str, tuple[type[Any], str]] = {
     "synthesize": (Synthesize, "make Criteo-shaped data with a known best possible AUC"),
+    "generate": (Generate, "make a DATASET of random rows, to measure on"),
     "prepare": (Prepare, "turn raw rows into a DATASET"),
     "inspect": (Inspect, "show what is in a DATASET"),
+    "stack-distances": (StackDistances, "write how a DATASET's ids repeat, for generate"),
     "train": (Train, "train a model on a DATASET, and evaluate it"),
     "baseline": (Baseline, "train a logistic regression or trees to compare with"),
     "run": (Run, "prepare, train, evaluate and predict in one go"),
@@ -635,7 +707,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:<12} {text}" for verb, (_, text) in _VERBS.items())
+    verbs = "\n".join(f"  {verb:<15} {text}" for verb, (_, text) in _VERBS.items())
     return (
         "usage: dlrm COMMAND [OPTIONS]\n\n"
         "DLRM for PyTorch: from raw click logs to a trained, evaluated model.\n\n"

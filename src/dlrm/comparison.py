@@ -505,6 +505,12 @@ def _configurations(comparison: Comparison) -> Iterator[str]:
     """Yield a table a few runs wide, as many times as it takes."""
     names = [each.name for each in comparison.runs]
     keys = comparison.configuration
+    if "kind" in keys:  # a DLRM and a baseline have few options in common; --json has them all
+        keys = {
+            key: row
+            for key, row in keys.items()
+            if key in ("kind", "model") or None not in row.values()
+        }
     wide = max(len(key) for key in ("configuration", *keys)) + 2
     value = max(
         8, *(min(_VALUE, len(_text(each)) + 2) for row in keys.values() for each in row.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import typing
@@ -98,6 +99,91 @@ class SynthesizeConfig:
         require(self.test_rows >= 0, f"--test-rows must not be negative; got {self.test_rows}")
         require(0 < self.scale <= 1, f"--scale must be above 0 and at most 1; got {self.scale}")
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Which rows ``dlrm generate`` makes up; the names and draws are the reference's."""
+
+    data_generation: Literal["random", "synthetic"] = "random"
+    """How ids are drawn. random: independently, by --rand-data-dist. synthetic: so that they
+    repeat as the stack distances of --data-trace-file say."""
+    data_size: int = 100_000
+    """Training rows."""
+    num_batches: int = 0
+    """So many mini-batches of training rows instead of --data-size; 0: --data-size."""
+    mini_batch_size: int = 128
+    """Rows that are drawn at a time: the same number as in training gives the reference's
+    batches."""
+    test_rows: int = 0
+    """Rows of the validation and of the test split, drawn after those for training; 0: both are
+    the training rows again, as in the reference."""
+    dense_features: int = 13
+    """How many dense features there are, each uniform in 0 … 1."""
+    num_embeddings: tuple[int, ...] = (10_000,) * 8
+    """Rows of each embedding table, a table for each sparse feature."""
+    num_indices_per_lookup: int = 1
+    """The most ids a sparse feature has in a row. Equal ones of a row are stored once."""
+    num_indices_per_lookup_fixed: bool = False
+    """Draw just so many ids, instead of 1 to --num-indices-per-lookup."""
+    rand_data_dist: Literal["uniform", "gaussian"] = "uniform"
+    """Of random ids: uniform over a table, or normal, limited to --rand-data-min … max."""
+    rand_data_min: float = 0.0
+    """The lowest id of gaussian."""
+    rand_data_max: float = 1.0
+    """The highest id of gaussian."""
+    rand_data_mu: float = -1.0
+    """Mean of gaussian; -1: midway between --rand-data-min and --rand-data-max."""
+    rand_data_sigma: float = 1.0
+    """Standard deviation of gaussian."""
+    data_trace_file: str = ""
+    """What `dlrm stack-distances` wrote; j in the file's name stands for the table's number, from
+    0."""
+    data_trace_enable_padding: bool = False
+    """Once all ids of a trace have occurred, draw none anew: each id repeats a recent one."""
+    soft_labels: bool = False
+    """Labels are uniform in 0 … 1, instead of 0 or 1; metrics take those above 0.5 as clicks."""
+    seed: int = 123
+    """Equal options give equal rows."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        _require_types(self)
+        for name in ("data_size", "mini_batch_size", "dense_features", "num_indices_per_lookup"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        for name in ("num_batches", "test_rows"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')} must not be negative; got {value}")
+        sizes = self.num_embeddings
+        require(
+            len(sizes) > 0 and min(sizes) >= 1 and max(sizes) < 2**31,
+            f"--num-embeddings: expected at least one table of 1 … 2**31-1 rows; got {sizes}",
+        )
+        require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        if self.data_generation == "synthetic":
+            require(
+                self.data_trace_file != "",
+                "--data-generation synthetic needs --data-trace-file: `dlrm stack-distances` "
+                "writes one",
+            )
+        elif self.rand_data_dist == "gaussian":
+            least, most = self.rand_data_min, self.rand_data_max
+            require(
+                0 <= least <= most < min(sizes),
+                "--rand-data-min … --rand-data-max must be ids of every table, 0 … "
+                f"{min(sizes) - 1}; got {least} … {most}",
+            )
+            require(
+                0 <= self.rand_data_sigma < math.inf and math.isfinite(self.rand_data_mu),
+                "--rand-data-sigma must not be negative, and --rand-data-mu be finite; got "
+                f"{self.rand_data_sigma} and {self.rand_data_mu}",
+            )
+
+    @property
+    def train_rows(self) -> int:
+        """Training rows, whichever option tells."""
+        return self.num_batches * self.mini_batch_size or self.data_size
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class SplitResult:
 
     metrics: Metrics
     unknown_ids: int
-    """Bags that were empty because their value was never seen."""
+    """Bags that were empty: of a value that was never seen, or a multi-hot feature without ids."""
 
 
 def evaluate_split(
@@ -76,6 +76,8 @@ def evaluate_split(
         for batch in shown:
             assert batch.labels is not None
             labels, probabilities = batch.labels.numpy(), scorer(batch)
+            if schema.soft_labels:
+                labels = labels > 0.5
             accumulator.add(labels, probabilities)
             if predictions:
                 predictions.add(labels, probabilities)

@@ -283,10 +283,12 @@ class _Versioned(msgspec.Struct):
     format_version: str
 
 
-FORMAT_VERSION = "1.3"
+FORMAT_VERSION = "1.4"
 """1.1: the 'other' slot, hashed values, and what was skipped, in a DATASET. 1.2: checksums and
 ``step-NNNNNNNNN.json`` in a RUN's checkpoints. 1.3: labels in a RUN's predictions, intervals and
-deciles in its metrics, its kind and tracking in its configuration."""
+deciles in its metrics, its kind and tracking in its configuration. 1.4: features with several ids,
+dense features without a transform, labels that are probabilities, and how rows were made up, in a
+DATASET."""
 
 
 def check_version(found: str, path: Path) -> None:

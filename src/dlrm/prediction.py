@@ -49,22 +49,29 @@ class PredictionSummary:
 
 
 class Predictor:
-    """A trained model that takes raw rows.
+    """A trained model that takes raw rows, or rows that are prepared already.
 
     Args:
         schema: Of the features.
         config: Of the training.
         model: In evaluation mode.
-        encoder: Raw values to ids.
+        encoder: Raw values to ids; None: they are not known.
+        run: The RUN folder, for messages.
     """
 
     def __init__(
-        self, schema: FeatureSchema, config: TrainConfig, model: DLRM, encoder: Encoder
+        self,
+        schema: FeatureSchema,
+        config: TrainConfig,
+        model: DLRM,
+        encoder: Encoder | None,
+        run: Path,
     ) -> None:
         self.schema = schema
         self.config = config
         self.model = model
         self._encoder = encoder
+        self._run = run
         self._scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
@@ -76,7 +83,7 @@ class Predictor:
                 null where missing. Other columns are left alone.
 
         Raises:
-            UserError: A column is missing or holds something else.
+            UserError: A column is missing or holds something else, or there are no vocabularies.
         """
         dense, values = rows_from_table(table, self.schema)
         return self.predict_rows(dense, values)[0]
@@ -105,8 +112,12 @@ class Predictor:
 
         Returns:
             Probabilities, (n,), and for each sparse feature, (F,), how many values were unknown.
+
+        Raises:
+            UserError: There are no vocabularies.
         """
-        ids, unknown = self._encoder.encode(values)
+        encoder = self._encoder or Encoder.open(self._run, self.schema)  # which is refused
+        ids, unknown = encoder.encode(values)
         step = self.config.evaluation_batch_size
         parts = [np.zeros(0, np.float32)]
         for start in range(0, len(dense), step):
@@ -124,7 +135,10 @@ def load(
     local_rank: int = 0,
     amp: Amp | None = None,
 ) -> Predictor:
-    """Load a trained model that takes raw rows; its DATASET is not needed.
+    """Load a trained model; its DATASET is not needed.
+
+    It takes raw rows if the values behind the ids are known (``predict``), and prepared ones in any
+    case (``score``).
 
     Args:
         path: A RUN folder.
@@ -134,7 +148,7 @@ def load(
         amp: Whether matrices are multiplied in lower precision; None: as in training.
 
     Raises:
-        UserError: The run is missing or damaged, or its vocabularies are not known.
+        UserError: The run is missing or damaged.
         EnvironmentFaultError: The device is missing.
     """
     run = Run.open(Path(path))
@@ -143,10 +157,10 @@ def load(
             f"{path} has no checkpoint {checkpoint!r}: the run was interrupted before its first "
             "evaluation, or the name is not one of best and newest."
         )
-    encoder = Encoder.open(run.path, run.schema)
+    encoder = Encoder.open(run.path, run.schema) if run.schema.encodes_values else None
     model = run.load_model(checkpoint, open_device(device, local_rank))
     config = run.config if amp is None else replace(run.config, amp=amp)
-    return Predictor(run.schema, config, model, encoder)
+    return Predictor(run.schema, config, model, encoder, run.path)
 
 
 def predict_file(

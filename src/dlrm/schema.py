@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -27,8 +27,10 @@ class DenseFeature:
 
     name: str
     """The column's name."""
-    transform: Literal["log1p"] = "log1p"
-    """Applied when a batch is made: log(float32(x) + 1) in float32."""
+    transform: Literal["log1p", "none"] = "log1p"
+    """Applied when a batch is made. log1p: log(float32(x) + 1) in float32, of integers that are not
+    negative. none: nothing, and the number is stored as float32. All dense features of a schema
+    have the same."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class SparseFeature:
     hash_buckets: int = 0
     """Raw values are hashed into so many ids (``data.vocabulary.hashed``), without a vocabulary; 0:
     they are not hashed."""
+    multi_hot: bool = False
+    """A row has any number of ids, a bag whose vectors are summed; else it has one, or none that is
+    known."""
 
     def takes_ids_below(self, limit: int) -> bool:
         """Tell whether all ids below a limit are rows of its table, once they are taken modulo."""
@@ -64,7 +69,7 @@ class FeatureSchema:
     """What a row consists of and how it was encoded."""
 
     label: str
-    """The label's name; labels are 0 and 1."""
+    """The label's name; labels are 0 and 1, or with ``soft_labels`` anything between."""
     dense: tuple[DenseFeature, ...]
     sparse: tuple[SparseFeature, ...]
     source_format: str
@@ -74,6 +79,9 @@ class FeatureSchema:
     fingerprint: str = ""
     """SHA-256 over the label, the features and their vocabularies; see ``sealed``. It stays that of
     the DATASET when a run limits ids further."""
+    soft_labels: bool = False
+    """Labels are probabilities: a loss takes them as they are, a metric whether they are above
+    0.5."""
     format_version: str = FORMAT_VERSION
 
     @property
@@ -81,21 +89,43 @@ class FeatureSchema:
         """Rows of each embedding table."""
         return tuple(feature.num_embeddings for feature in self.sparse)
 
+    @property
+    def one_id_features(self) -> tuple[SparseFeature, ...]:
+        """The sparse features that have one id a row."""
+        return tuple(feature for feature in self.sparse if not feature.multi_hot)
+
+    @property
+    def multi_hot_features(self) -> tuple[SparseFeature, ...]:
+        """The sparse features that have any number of ids a row."""
+        return tuple(feature for feature in self.sparse if feature.multi_hot)
+
+    @property
+    def encodes_values(self) -> bool:
+        """Whether raw values can be turned into ids: all have vocabularies or are hashed."""
+        return all(feature.vocabulary or feature.hash_buckets for feature in self.sparse)
+
+    @property
+    def stores_floats(self) -> bool:
+        """Whether dense features are stored as float32, and not transformed."""
+        return any(feature.transform == "none" for feature in self.dense)
+
     def sealed(self) -> FeatureSchema:
         """Return this schema with its fingerprint.
 
         Neither the wording of the split rule nor the format's version changes what a model takes.
         """
-        # What format 1.0 did not have yet counts only where it is used, so that the fingerprints
-        # of its datasets stay what they are. Fields keep their order.
+        # What an earlier format did not have yet counts only where it is used, so that the
+        # fingerprints of its datasets stay what they are. Fields keep their order.
         sparse = []
         for feature in self.sparse:
             content = dataclasses.asdict(feature)
-            for name, idle in (("other_id", -1), ("hash_buckets", 0)):
+            for name, idle in (("other_id", -1), ("hash_buckets", 0), ("multi_hot", False)):
                 if content[name] == idle:
                     del content[name]
             sparse.append(content)
-        meaning = (self.label, self.dense, sparse, self.source_format)
+        meaning: list[Any] = [self.label, self.dense, sparse, self.source_format]
+        if self.soft_labels:
+            meaning.append("soft labels")
         encoded = msgspec.json.encode(meaning)
         return dataclasses.replace(self, fingerprint=hashlib.sha256(encoded).hexdigest())
 
@@ -128,6 +158,11 @@ def read_schema(folder: Path, what: str) -> FeatureSchema:
     schema = read_json(folder / "schema.json", FeatureSchema, what)
     if not schema.sparse and not schema.dense:
         raise UserError(f"{folder / 'schema.json'} names no features. Make the {what} again.")
+    if len({feature.transform for feature in schema.dense}) > 1:
+        raise UserError(
+            f"{folder / 'schema.json'} is damaged: expected one transform of all dense features. "
+            f"Make the {what} again."
+        )
     for feature in schema.sparse:
         _refuse_impossible(feature, folder / "schema.json")
     return schema

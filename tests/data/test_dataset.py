@@ -326,11 +326,11 @@ def edit_json(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "schema.json"])
 def test_versions(dataset: Dataset, name: str) -> None:
     path = dataset.path / name
-    for version in ("2.0", "1.4", "0.9", "1", "", "1.0.0", "x"):
+    for version in ("2.0", "1.5", "0.9", "1", "", "1.0.0", "x"):
         edit_json(path, format_version=version)
         with pytest.raises(UserError, match=f"{name} has format version '{version}'; this dlrm"):
             Dataset.open(dataset.path)
-    for version in ("1.0", "1.1", "1.2", "1.3"):
+    for version in ("1.0", "1.1", "1.2", "1.3", "1.4"):
         edit_json(path, format_version=version)
         Dataset.open(dataset.path)
 

@@ -187,7 +187,7 @@ def test_truth_is_what_its_files_say(made, rows, probabilities):
         "validation": slice(92_858, 100_000),
     }
     content = json.loads((directory / "truth.json").read_text())
-    assert content["format_version"] == "1.3"
+    assert content["format_version"] == "1.4"
     for name in ("seed", "scale", "rows", "test_rows"):
         assert content[name] == getattr(CONFIG, name)
     for split, where in splits.items():

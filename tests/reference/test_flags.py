@@ -104,20 +104,15 @@ def test_all_refusals_come_at_once() -> None:
         (["--mlperf-logging=True"], "--mlperf-logging: ignored explicit argument 'True'"),
         (["--step=0"], "expected at least 1, or -1 for no limit; got '0'"),
         (["--data-set=terabyte"], "--data-set=terabyte: the Criteo Terabyte data are not"),
-        (["--data-generation=synthetic"], "--data-generation=synthetic: made-up batches are not"),
+        (["--data-generation=internal"], "--data-generation=internal: it takes libraries that"),
+        (["--rand-data-dist=zipf"], "expected uniform or gaussian, got 'zipf'"),
+        (["--arch-embedding-size=4-x"], "expected integers as in 13-512-16, got '4-x'"),
     ],
 )
 def test_wrong_input_has_one_clear_message(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         read_flags([DATASET, *arguments])
     assert message in str(error.value)
-
-
-def test_the_references_default_data_are_refused_with_advice() -> None:
-    with pytest.raises(UserError) as error:
-        read_flags([])
-    assert "--data-generation=random (the reference's default): made-up" in str(error.value)
-    assert "dlrm synthesize" in str(error.value)
 
 
 def test_both_ways_of_writing_a_value_are_read() -> None:

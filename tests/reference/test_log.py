@@ -171,7 +171,7 @@ def test_a_prepared_dataset_is_used_again_and_another_is_prepared_anew(run: Any)
     lines = run(*flags, "--data-randomize=total")
     (reason,) = starting(lines, f"# {manifest.parent} is another DATASET")
     assert "made with --shuffle none, and --shuffle reference is asked for" in reason
-    assert f"# {manifest.parent} is prepared anew, as with --overwrite" in lines
+    assert f"# {manifest.parent} is made anew, as with --overwrite" in lines
     assert manifest.stat().st_ino != made
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from dlrm import cli
 from dlrm.config import (
+    GenerateConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -185,6 +186,72 @@ def test_the_command_of_inference() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {}),
+        ("--data-size=50 --mini-batch-size=7", {"data_size": 50, "mini_batch_size": 7}),
+        ("--num-batches=3", {"num_batches": 3}),
+        ("--arch-mlp-bot=9-3-2", {"dense_features": 9}),
+        ("--arch-embedding-size=100-20", {"num_embeddings": (100, 20)}),
+        ("--num-indices-per-lookup=2", {"num_indices_per_lookup": 2}),
+        ("--num-indices-per-lookup-fixed=True", {"num_indices_per_lookup_fixed": True}),
+        ("--round-targets=True", {"soft_labels": False}),
+        ("--numpy-rand-seed=5", {"seed": 5}),
+        (
+            "--rand-data-dist=gaussian --rand-data-min=0.5 --rand-data-mu=0.7 --rand-data-sigma=2",
+            {
+                "rand_data_dist": "gaussian",
+                "rand_data_min": 0.5,
+                "rand_data_mu": 0.7,
+                "rand_data_sigma": 2.0,
+            },
+        ),
+        (
+            "--data-generation=synthetic --data-trace-file=t_j.log --data-trace-enable-padding=1",
+            {
+                "data_generation": "synthetic",
+                "data_trace_file": "t_j.log",
+                "data_trace_enable_padding": True,
+            },
+        ),
+        (
+            "--data-generation=synthetic",
+            {"data_generation": "synthetic", "data_trace_file": "./input/dist_emb_j.log"},
+        ),
+    ],
+)
+def test_what_rows_are_made_up(flags: str, expected: dict[str, Any]) -> None:
+    asked = parse(flags.split())
+    defaults = {
+        "data_size": 1,
+        "mini_batch_size": 1,
+        "dense_features": 4,
+        "num_embeddings": (4, 3, 2),
+        "num_indices_per_lookup": 10,
+        "soft_labels": True,
+    }
+    assert asked.prepare == GenerateConfig(**{**defaults, **expected})
+    assert asked.source is None
+    assert (asked.train.num_batches, asked.train.initial_draws) == (0, "none")
+    generate, train = (cli.parse(shlex.split(line)[1:]) for line in asked.commands())
+    assert isinstance(generate, cli.Generate)
+    assert isinstance(train, cli.Train)
+    assert (generate.dataset, generate.options) == (asked.dataset, asked.prepare)
+    assert (train.dataset, train.run, train.options) == (asked.dataset, asked.run, asked.train)
+
+
+def test_made_up_rows_lie_beside_the_run_under_a_name_of_their_own() -> None:
+    one, same, other = (
+        parse([f"--nepochs={epochs}", f"--data-size={size}", "--run=a/run"])
+        for epochs, size in ((1, 5), (2, 5), (1, 6))
+    )
+    assert one.dataset.parent == Path("a")
+    assert one.dataset.name.startswith("random-")
+    assert one.dataset == same.dataset != other.dataset
+    assert parse([]).dataset.parent == Path("runs")
+
+
 def test_a_finished_npz_is_the_source(tmp_path: Path) -> None:
     npz = tmp_path / "my.npz"
     flags = f"--processed-data-file={npz} --max-ind-range=10"
@@ -216,6 +283,14 @@ def test_the_run_is_the_first_free_one(tmp_path: Path, monkeypatch: pytest.Monke
         ("--use-gpu --use-npu", "--use-gpu and --use-npu name two devices"),
         ("--inference-only", "--inference-only needs a model to test"),
         ("--raw-data-file=", "there are no data: name Criteo's train.txt with --raw-data-file"),
+        (
+            "--data-generation=random --arch-embedding-size=4-0",
+            "Here --num-embeddings is set by --arch-embedding-size.",
+        ),
+        (
+            "--data-generation=random --rand-data-dist=gaussian --rand-data-max=4",
+            "--rand-data-min … --rand-data-max must be ids of every table, 0 … 1; got 0.0 … 4.0",
+        ),
         ("--processed-data-file=x.txt", "--processed-data-file must end in .npz; got x.txt"),
         ("--raw-data-file= --processed-data-file=no.npz", "no.npz does not exist"),
         ("--mini-batch-size=0", "--mini-batch-size must be at least 1; got 0"),
@@ -251,6 +326,17 @@ def test_what_cannot_be(flags: str, message: str) -> None:
         ("--save-model=m.pt --test-freq=-1", "--save-model has no effect unless training is"),
         ("--num-workers=2", "--num-workers changes nothing: one background thread reads here"),
         ("--dataset-multiprocessing", "--dataset-multiprocessing changes nothing: preparation"),
+        ("--data-size=9", "--data-size has no effect with --data-generation=dataset"),
+        ("--data-trace-file=x", "--data-trace-file has no effect without --data-generation=synth"),
+        ("--rand-data-max=2", "--rand-data-max has no effect without --rand-data-dist=gaussian"),
+        (
+            "--data-generation=random --data-randomize=day",
+            "--data-randomize has no effect on made-up rows",
+        ),
+        (
+            "--data-generation=synthetic --rand-data-dist=gaussian --rand-data-mu=3",
+            "--rand-data-mu has no effect without --rand-data-dist=gaussian",
+        ),
         ("--tensor-board-filename=x", "--tensor-board-filename=x: event files are in RUN/"),
         (
             "--inference-only --load-model=m.pt --tensor-board-filename=x",

@@ -376,7 +376,7 @@ def test_a_damaged_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:
     newest.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         train(dataset, tmp_path / "second", config)
-    newest.write_bytes(content.replace(b'format_version\\":\\"1.3', b'format_version\\":\\"2.0'))
+    newest.write_bytes(content.replace(b'format_version\\":\\"1.4', b'format_version\\":\\"2.0'))
     with pytest.raises(UserError, match=r"format version '2\.0'; this dlrm reads 1\.0"):
         train(dataset, tmp_path / "second", config)
 

@@ -97,6 +97,17 @@ def _make_model(data: Dataset, config: BaselineConfig) -> BaselineModel:
 
 
 def _refuse_unlearnable(data: Dataset) -> None:
+    schema = data.schema
+    for unfit, what in (
+        (bool(schema.multi_hot_features), "sparse features with several ids a row"),
+        (schema.stores_floats, "dense features that are no counts"),
+        (schema.soft_labels, "labels that are probabilities"),
+    ):
+        if unfit:
+            raise UserError(
+                f"{data.path} has {what}, which baselines do not take. Train a DLRM on it with "
+                "`dlrm train`, or a baseline on a DATASET that `dlrm prepare` made."
+            )
     for split in ("train", "validation", "test"):
         if not data.rows(split):
             raise UserError(

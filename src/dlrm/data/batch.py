@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,60 @@ from torch import Tensor
 
 from dlrm.errors import UserError
 from dlrm.schema import FeatureSchema
+
+Labels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+"""As they are stored: zeros and ones, or with the schema's soft_labels anything between."""
+Dense = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+"""As they are stored: float32 where the schema stores floats."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bags:
+    """Ids of a feature that has any number of them in each of n rows; N in all.
+
+    Attributes:
+        ids: (N,) int32.
+        offsets: (n + 1,) int32 or int64: row i has ``ids[offsets[i] : offsets[i + 1]]``.
+    """
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+    @staticmethod
+    def of_lengths(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> Bags:
+        """Return bags of these lengths, (n,), whose ids lie one after the other."""
+        return Bags(ids, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+        """How many ids each row has, (n,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as they are stored."""
+        return self.ids.nbytes + 4 * len(self)
+
+    def __getitem__(self, index: slice | npt.NDArray[np.int64]) -> Bags:
+        """Return the bags of some of the rows; of a slice without a step their ids are a view."""
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
+            offsets = self.offsets[start : max(start, stop) + 1]
+            return Bags(self.ids[offsets[0] : offsets[-1]], offsets - offsets[0])
+        lengths, first = self.lengths[index].astype(np.int64), self.offsets[:-1][index]
+        starts = np.cumsum(lengths) - lengths
+        places = np.repeat(first - starts, lengths) + np.arange(int(lengths.sum()))
+        return Bags.of_lengths(self.ids[places], lengths)
+
+    @staticmethod
+    def concatenate(runs: Sequence[Bags]) -> Bags:
+        """Return the bags of several runs of rows, one after the other."""
+        lengths = np.concatenate([run.lengths for run in runs]).astype(np.int64)
+        return Bags.of_lengths(np.concatenate([run.ids for run in runs]), lengths)
 
 
 @dataclass(frozen=True)
@@ -23,6 +78,9 @@ class Batch:
         offsets: None, or (B * F + 1,) int64: bag b * F + f is
             ``sparse_features[offsets[b * F + f] : offsets[b * F + f + 1]]``.
         labels: (B,), float32, or None.
+
+    A bag holds no id where a value was never seen when vocabularies were fitted, and where a row
+    has none of a multi-hot feature.
     """
 
     dense_features: Tensor
@@ -36,7 +94,7 @@ class Batch:
 
     @property
     def unknown_ids(self) -> int:
-        """Number of empty bags: values that were never seen when vocabularies were fitted."""
+        """Number of empty bags."""
         return 0 if self.offsets is None else int((self.offsets.diff() == 0).sum())
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -102,7 +160,7 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> None:
         )
 
 
-def transform_dense(dense: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+def transform_dense(dense: Dense) -> npt.NDArray[np.float32]:
     """Return log(float32(x) + 1) of stored dense values: the schema's ``log1p``."""
     # The reference's transform (dlrm_data_pytorch.py, collate_wrapper_criteo_offset) in float32;
     # log1p would differ in the last bit. NumPy stays in the calling thread: torch.log starts a team
@@ -116,9 +174,10 @@ def transform_dense(dense: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
 
 def make_batch(
     schema: FeatureSchema,
-    dense: npt.NDArray[np.int32],
+    dense: Dense,
     ids: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.uint8] | None,
+    labels: Labels | None,
+    bags: Sequence[Bags] = (),
 ) -> Batch:
     """Turn stored rows into a batch: transform dense values, apply the schema's id modulus.
 
@@ -127,25 +186,61 @@ def make_batch(
     Args:
         schema: Describes the columns.
         dense: (B, number of dense features), before the transform.
-        ids: (B, F), each below its table's rows, or -1.
-        labels: (B,) zeros and ones, or None.
+        ids: (B, number of features with one id a row), each below its table's rows, or -1.
+        labels: (B,), or None.
+        bags: The ids of each multi-hot feature, of B rows.
     """
-    dense_features = transform_dense(dense)
+    if schema.stores_floats:
+        dense_features = dense.astype(np.float32, order="C")
+    else:
+        dense_features = transform_dense(dense)
+    sparse_features, offsets = _by_row(schema, ids, bags) if bags else _one_id_a_row(schema, ids)
+    return Batch(
+        torch.from_numpy(dense_features),
+        torch.from_numpy(sparse_features),
+        None if labels is None else torch.from_numpy(labels.astype(np.float32)),
+        None if offsets is None else torch.from_numpy(offsets),
+    )
+
+
+def _one_id_a_row(
+    schema: FeatureSchema, ids: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Return ids and offsets as a Batch has them, of features with one id a row."""
     sparse_features = ids.astype(np.int64, order="C")
     unknown = bool(ids.size) and bool(ids.min() < 0)
     if any(feature.id_modulus for feature in schema.sparse):
         moduli = [feature.id_modulus or feature.num_embeddings for feature in schema.sparse]
         limited = sparse_features % np.array(moduli)
         sparse_features = np.where(sparse_features < 0, -1, limited) if unknown else limited
-    offsets = None
-    if unknown:
-        sparse_features = sparse_features.reshape(-1)
-        known = sparse_features >= 0
-        sparse_features = sparse_features[known]
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(known)]))
-    return Batch(
-        torch.from_numpy(dense_features),
-        torch.from_numpy(sparse_features),
-        None if labels is None else torch.from_numpy(labels.astype(np.float32)),
-        offsets,
-    )
+    if not unknown:
+        return sparse_features, None
+    sparse_features = sparse_features.reshape(-1)
+    known = sparse_features >= 0
+    return sparse_features[known], np.concatenate([[0], np.cumsum(known)])
+
+
+def _by_row(
+    schema: FeatureSchema, ids: npt.NDArray[np.int32], bags: Sequence[Bags]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return ids and offsets as a Batch has them: features are stored apart, bags lie by row."""
+    single, several = iter(ids.T), iter(bags)
+    columns = []
+    for feature in schema.sparse:
+        if feature.multi_hot:
+            columns.append(next(several))
+        else:
+            column = next(single)
+            known = column >= 0
+            columns.append(Bags.of_lengths(column[known], known.astype(np.int64)))
+    lengths = np.stack([column.lengths for column in columns], axis=1, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts = offsets[:-1].reshape(lengths.shape)
+    sparse_features = np.empty(offsets[-1], np.int64)
+    for number, (feature, column) in enumerate(zip(schema.sparse, columns, strict=True)):
+        shift = np.repeat(starts[:, number] - column.offsets[:-1], lengths[:, number])
+        shift += np.arange(len(shift))
+        sparse_features[shift] = (
+            column.ids % feature.id_modulus if feature.id_modulus else column.ids
+        )
+    return sparse_features, offsets

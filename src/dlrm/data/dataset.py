@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -20,8 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dlrm.arrow import open_arrow
-from dlrm.config import PrepareConfig
-from dlrm.data.batch import Batch, make_batch
+from dlrm.config import GenerateConfig, PrepareConfig
+from dlrm.data.batch import Bags, Batch, Dense, Labels, make_batch
 from dlrm.data.spool import RejectedRow
 from dlrm.errors import UserError
 from dlrm.files import (
@@ -50,22 +51,37 @@ class Rows:
     """Stored rows, n of them, before any transform.
 
     Attributes:
-        labels: (n,) uint8 zeros and ones.
-        dense: (n, number of dense features) int32.
-        sparse: (n, F) int32 ids below each feature's num_embeddings; -1: unknown.
+        labels: (n,) uint8 zeros and ones; with the schema's soft_labels float32 in [0, 1].
+        dense: (n, number of dense features) int32, or float32 where the schema stores floats.
+        sparse: (n, number of features with one id a row) int32 ids below each feature's
+            num_embeddings; -1: unknown.
+        bags: The ids of each multi-hot feature, of n rows.
     """
 
-    labels: npt.NDArray[np.uint8]
-    dense: npt.NDArray[np.int32]
+    labels: Labels
+    dense: Dense
     sparse: npt.NDArray[np.int32]
+    bags: tuple[Bags, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.labels)
 
+    @property
+    def clicked(self) -> npt.NDArray[np.bool_]:
+        """Which rows count as clicked, (n,): the labels, or those above 0.5."""
+        return self.labels > 0.5
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as they are stored."""
+        columns = (self.labels, self.dense, self.sparse, *self.bags)
+        return sum(column.nbytes for column in columns)
+
     def __getitem__(self, index: slice | npt.NDArray[np.int64]) -> Rows:
         """Return some of the rows."""
-        return Rows(self.labels[index], self.dense[index], self.sparse[index])
+        bags = tuple(bags[index] for bags in self.bags)
+        return Rows(self.labels[index], self.dense[index], self.sparse[index], bags)
 
     @staticmethod
     def concatenate(runs: Sequence[Rows]) -> Rows:
@@ -76,6 +92,7 @@ class Rows:
             np.concatenate([run.labels for run in runs]),
             np.concatenate([run.dense for run in runs]),
             np.concatenate([run.sparse for run in runs]),
+            tuple(map(Bags.concatenate, zip(*(run.bags for run in runs), strict=True))),
         )
 
 
@@ -96,7 +113,7 @@ class StoredSplit:
 
     rows: int
     clicks: int
-    """Rows whose label is 1."""
+    """Rows whose label is 1; with soft labels, above 0.5."""
     parts: tuple[Part, ...]
     """In stored order."""
 
@@ -122,6 +139,8 @@ class Manifest:
     sources: tuple[Source, ...] = ()
     """In the order in which they were read; none for made-up rows."""
     options: PrepareConfig | None = None
+    generation: GenerateConfig | None = None
+    """How rows were made up, if ``dlrm generate`` made them."""
     days: tuple[int, ...] = ()
     """Rows of each day of the sources."""
     day_clicks: tuple[int, ...] = ()
@@ -348,7 +367,7 @@ def in_blocks(runs: Iterable[Rows], rows: int) -> Iterator[Rows]:
 
 
 def _make_batch(schema: FeatureSchema, rows: Rows) -> Batch:
-    return make_batch(schema, rows.dense, rows.sparse, rows.labels)
+    return make_batch(schema, rows.dense, rows.sparse, rows.labels, rows.bags)
 
 
 @contextmanager
@@ -405,7 +424,7 @@ def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]
         EnvironmentFaultError: The disk fails.
     """
     path = folder / part.file
-    limits = np.array(schema.num_embeddings, np.int64)
+    limits = np.array([each.num_embeddings for each in schema.one_id_features], np.int64)
     expected = stored_columns(schema)
     rows = 0
     try:
@@ -418,9 +437,21 @@ def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]
                     run.labels.max() > 1
                     or (run.sparse.max(axis=0, initial=-1) >= limits).any()
                     or run.sparse.min(initial=0) < -1
-                    or run.dense.min(initial=0) < 0
+                    or (not schema.stores_floats and run.dense.min(initial=0) < 0)
                 ):
                     raise _damaged(path, "expected labels 0 or 1 and ids of the vocabularies")
+                if schema.soft_labels and not (run.labels >= 0).all():
+                    raise _damaged(path, "expected labels in 0 … 1")
+                if schema.stores_floats and not np.isfinite(run.dense).all():
+                    raise _damaged(path, "expected finite dense features")
+                for feature, bags in zip(schema.multi_hot_features, run.bags, strict=True):
+                    if len(bags.ids) and not (
+                        0 <= bags.ids.min() and bags.ids.max() < feature.num_embeddings
+                    ):
+                        raise _damaged(
+                            path,
+                            f"expected ids of {feature.name} in 0 … {feature.num_embeddings - 1}",
+                        )
                 rows += len(run)
                 yield run
     except (pa.ArrowException, OSError) as error:
@@ -434,18 +465,25 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def stored_columns(schema: FeatureSchema) -> pa.Schema:
-    """Return the columns of a part."""
-    return pa.schema(
-        [
-            pa.field("label", pa.uint8(), nullable=False),
-            pa.field("dense", _list_of(len(schema.dense)), nullable=False),
-            pa.field("sparse", _list_of(len(schema.sparse)), nullable=False),
-        ]
-    )
+    """Return the columns of a part; there is none for no features (Arrow divides by the length)."""
+    columns = {"label": pa.float32() if schema.soft_labels else pa.uint8()}
+    if schema.dense:
+        kind = pa.float32() if schema.stores_floats else pa.int32()
+        columns["dense"] = _list_of(kind, len(schema.dense))
+    if schema.one_id_features:
+        columns["sparse"] = _list_of(pa.int32(), len(schema.one_id_features))
+    for feature in schema.multi_hot_features:
+        columns[_MULTI_HOT + feature.name] = _list_of(pa.int32())
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def _list_of(length: int) -> pa.DataType:
-    return pa.list_(pa.field("item", pa.int32(), nullable=False), length)
+_MULTI_HOT = "sparse."
+"""The beginning of the name of a multi-hot feature's column."""
+
+
+def _list_of(kind: pa.DataType, length: int = -1) -> pa.DataType:
+    """Return the type of lists; -1: of any length each."""
+    return pa.list_(pa.field("item", kind, nullable=False), length)
 
 
 def _rows_of(batch: pa.RecordBatch) -> Rows:
@@ -457,12 +495,17 @@ def _rows_of(batch: pa.RecordBatch) -> Rows:
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise pa.ArrowInvalid("values are missing")
-    labels, dense, sparse = batch.columns
-    return Rows(
-        labels.to_numpy(),
-        dense.flatten().to_numpy().reshape(len(batch), dense.type.list_size),
-        sparse.flatten().to_numpy().reshape(len(batch), sparse.type.list_size),
-    )
+    nothing = np.empty((len(batch), 0), np.int32)
+    lists = {"dense": nothing, "sparse": nothing}
+    bags = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in lists:
+            values = column.flatten().to_numpy()
+            lists[name] = values.reshape(len(batch), column.type.list_size)
+        elif name.startswith(_MULTI_HOT):
+            offsets = column.offsets.to_numpy()
+            bags.append(Bags(column.flatten().to_numpy(), offsets - offsets[0]))
+    return Rows(batch.columns[0].to_numpy(), lists["dense"], lists["sparse"], tuple(bags))
 
 
 def block_rows(schema: FeatureSchema) -> int:
@@ -476,8 +519,8 @@ def part_rows(schema: FeatureSchema) -> int:
 
 
 def row_bytes(schema: FeatureSchema) -> int:
-    """Return how many bytes a stored row takes."""
-    return 1 + 4 * (len(schema.dense) + len(schema.sparse))
+    """Return how many bytes a stored row takes; the ids of multi-hot features come on top."""
+    return (4 if schema.soft_labels else 1) + 4 * (len(schema.dense) + len(schema.sparse))
 
 
 @dataclass(frozen=True)
@@ -511,7 +554,7 @@ def write_part(folder: Path, name: str, schema: FeatureSchema, runs: Iterable[Ro
             for run in runs:
                 writer.write_batch(record_batch(run, columns))
                 rows += len(run)
-                clicks += int(run.labels.sum(dtype=np.int64))
+                clicks += int(np.count_nonzero(run.clicked))
     return WrittenPart(Part(name, rows, hashing.bytes, hashing.sha256()), clicks)
 
 
@@ -544,9 +587,16 @@ class _HashingFile:
 def record_batch(rows: Rows, columns: pa.Schema) -> pa.RecordBatch:
     """Return rows as they are stored, in the columns of ``stored_columns``."""
     arrays = [pa.array(rows.labels)]
-    for name, values in (("dense", rows.dense), ("sparse", rows.sparse)):
-        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=columns.field(name).type))
+    lists = {"dense": rows.dense, "sparse": rows.sparse}
+    bags = iter(rows.bags)
+    for name, kind in list(zip(columns.names, columns.types, strict=True))[1:]:
+        if name in lists:
+            flat = pa.array(np.ascontiguousarray(lists[name]).reshape(-1))
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=kind))
+        else:
+            own = next(bags)
+            offsets = pa.array(own.offsets.astype(np.int32, copy=False))
+            arrays.append(pa.ListArray.from_arrays(offsets, pa.array(own.ids), type=kind))
     return pa.record_batch(arrays, schema=columns)
 
 
@@ -623,20 +673,30 @@ def refuse_taken_dataset(path: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UserError(
-            f"{path} is a DATASET already. Choose another one, or start over with `dlrm prepare "
-            "--overwrite`."
+            f"{path} is a DATASET already. Choose another one, or start over with --overwrite."
         )
 
 
 def write_dataset(
-    path: Path, schema: FeatureSchema, rows: Mapping[Split, Iterable[Rows]]
+    path: Path,
+    schema: FeatureSchema,
+    rows: Mapping[Split, Iterable[Rows] | Split],
+    *,
+    generation: GenerateConfig | None = None,
+    sources: tuple[Source, ...] = (),
+    overwrite: bool = False,
 ) -> Dataset:
     """Make a DATASET of rows that are prepared already, such as made-up ones.
 
     Args:
         path: The folder to make.
         schema: What a row consists of.
-        rows: Of each split, in runs of any length, each of which becomes a record batch.
+        rows: Of each split, in runs of any length, each of which becomes a record batch; or the
+            name of a split before it (train, validation, test) that has the same rows, whose files
+            get a second name.
+        generation: How the rows are made up; the manifest tells.
+        sources: What they are made from, if anything; likewise.
+        overwrite: Replace a DATASET that is there.
 
     Raises:
         UserError: There is something at ``path`` already.
@@ -645,15 +705,20 @@ def write_dataset(
     schema = schema.sealed()
     partial = path.with_name(f".{path.name}.partial")
     with locked(path, "dataset"), environment_faults(f"write to {path.parent}"):
-        refuse_taken_dataset(path, overwrite=False)
+        refuse_taken_dataset(path, overwrite=overwrite)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             splits: dict[Split, StoredSplit] = {}
             for split in SPLITS:
                 (partial / split).mkdir(parents=True)
-                written = _write_parts(partial, split, schema, iter(rows.get(split, ())))
-                splits[split] = stored_split(written)
-            publish(partial, path, schema, Manifest(splits, schema.fingerprint))
+                runs = rows.get(split, ())
+                if isinstance(runs, str):
+                    splits[split] = _same_rows(partial, splits[runs], split)
+                else:
+                    written = _write_parts(partial, split, schema, iter(runs))
+                    splits[split] = stored_split(written)
+            manifest = Manifest(splits, schema.fingerprint, sources, generation=generation)
+            publish(partial, path, schema, manifest, overwrite=overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Dataset.open(path)
@@ -666,17 +731,26 @@ def _write_parts(
         first = next(runs, None)
         if first is None:
             return
-        limited = _up_to(part_rows(schema), first, runs)
+        limited = _up_to(part_rows(schema) * row_bytes(schema), first, runs)
         yield write_part(folder, part_name(split, number), schema, limited)
 
 
-def _up_to(rows: int, first: Rows, runs: Iterator[Rows]) -> Iterator[Rows]:
-    """Return runs until they have so many rows."""
+def _up_to(size: int, first: Rows, runs: Iterator[Rows]) -> Iterator[Rows]:
+    """Return runs until they have so many bytes."""
     yield first
-    taken = len(first)
-    while taken < rows and (run := next(runs, None)) is not None:
+    taken = first.nbytes
+    while taken < size and (run := next(runs, None)) is not None:
         yield run
-        taken += len(run)
+        taken += run.nbytes
+
+
+def _same_rows(folder: Path, stored: StoredSplit, split: Split) -> StoredSplit:
+    """Give the files of a split that is written a second name, in another one."""
+    parts = []
+    for number, part in enumerate(stored.parts):
+        parts.append(dataclasses.replace(part, file=part_name(split, number)))
+        link_or_copy(folder / part.file, folder / parts[-1].file)
+    return dataclasses.replace(stored, parts=tuple(parts))
 
 
 def copy_description(source: Path, target: Path, schema: FeatureSchema) -> None:

@@ -44,6 +44,8 @@ class SparseSummary:
     """Rows whose value shares the 'other' slot."""
     top: tuple[tuple[str, float], ...]
     """The commonest values, as 8 hexadecimal digits, and their share of the rows."""
+    multi_hot: bool = False
+    """A row has any number of ids."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Inspection:
     sources: tuple[tuple[str, int], ...]
     """Name and bytes of each."""
     split_rule: str
+    soft_labels: bool
+    """Labels are probabilities; clicks are those above 0.5."""
     shuffle: str
     splits: tuple[Group, ...]
     days: tuple[Group, ...]
@@ -82,6 +86,7 @@ def inspect(path: Path) -> Inspection:
         path=str(path),
         sources=tuple((source.name, source.bytes) for source in manifest.sources),
         split_rule=dataset.schema.split_rule,
+        soft_labels=dataset.schema.soft_labels,
         shuffle=manifest.options.shuffle if manifest.options else "none",
         splits=tuple(
             Group(split, manifest.splits[split].rows, manifest.splits[split].clicks)
@@ -114,7 +119,9 @@ def _counted_rows(dataset: Dataset) -> int:
 
 def _summarise(path: Path, feature: SparseFeature, rows: int) -> SparseSummary:
     if not feature.vocabulary:
-        return SparseSummary(feature.name, feature.num_embeddings, None, None, ())
+        return SparseSummary(
+            feature.name, feature.num_embeddings, None, None, (), feature.multi_hot
+        )
     vocabulary = Vocabulary.read(path / "vocabulary" / feature.vocabulary)
     counts = vocabulary.counts
     top = np.argsort(counts)[::-1][:_TOP] if len(counts) < 1000 else _largest(counts)
@@ -144,6 +151,8 @@ def _lines(inspection: Inspection) -> Iterator[str]:
     yield inspection.path
     yield f"  made from {', '.join(shown) or 'made-up rows'}"
     yield f"  shuffle {inspection.shuffle}; {_rule(inspection.split_rule)}"
+    if inspection.soft_labels:
+        yield "  labels are probabilities; those above 0.5 count as clicks"
     if inspection.rows_dropped:
         yield f"  {inspection.rows_dropped:,} rows without a click were dropped (sub-sampling)"
     if inspection.rejected:
@@ -159,13 +168,15 @@ def _lines(inspection: Inspection) -> Iterator[str]:
                 yield f"{group.name:<12}{group.rows:>14,}{group.clicks:>14,}{rate:>12}"
     yield ""
     yield f"{'dense':<12}{'missing':>8}    " * 3
-    columns = [inspection.dense[start::5] for start in range(5)]
-    for row in columns:
+    height = -(-len(inspection.dense) // 3)
+    for row in (inspection.dense[start::height] for start in range(height)):
         yield "".join(f"{_cut(each.name, 12):<12}{_rate(each.missing_rate)}    " for each in row)
     yield ""
     yield f"{'sparse':<9}{'embeddings':>11}{'missing':>8}  commonest values and their shares"
     for feature in inspection.sparse:
         top = [f"{value} {share:>5.1%}" for value, share in feature.top]
+        if feature.multi_hot:
+            top.append("several ids a row")
         if feature.other_rate is not None:
             top = [*top[:2], f"other {feature.other_rate:.1%}"]
         yield (

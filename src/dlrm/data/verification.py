@@ -47,7 +47,7 @@ def verify(dataset: Dataset, *, workers: int = 0) -> Verification:
     def clicks(part: Part) -> int:
         _check_sum(dataset, part.file, part.sha256)
         runs = read_part(dataset.path, part, dataset.schema)
-        return sum(int(run.labels.sum(dtype=np.int64)) for run in runs)
+        return sum(int(np.count_nonzero(run.clicked)) for run in runs)
 
     with ThreadPoolExecutor(workers or available_cores()) as pool:
         list(pool.map(lambda feature: _check_vocabulary(dataset, feature), features))

@@ -64,20 +64,18 @@ def mlp_backward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    transposed: Sequence[Tensor],
     gradients: Sequence[Tensor],
     input_gradient: Tensor | None,
 ) -> None:
     """Take the gradient of the last layer's outputs to all others' and, where asked, the inputs.
 
     Where ReLU cut an input to 0 its gradient is 0; the inputs of the first layer come from
-    elsewhere. ``transposed`` is room for the weights' transposes.
+    elsewhere.
     """
     gradient = rows_of(gradients[-1])
     for index in reversed(range(len(weights))):
         if index == 0 and input_gradient is None:
             return
-        transposed[index].copy_(weights[index].t())
         gradient = gradient @ weights[index]
         if index:
             gradient = torch.where(rows_of(inputs[index]) <= 0, 0, gradient)

@@ -111,21 +111,12 @@ def _refused(name: str, default: Any, why: str, read: Callable[[str], Any] | Non
     return Flag(name, default, why, read, refused=True)
 
 
-_MADE_UP = (
-    "Only for data that the reference makes up. Make Criteo-shaped files with `dlrm synthesize` "
-    "and train on them with --data-generation=dataset."
-)
 _QR = "The quotient-remainder trick is not supported yet. Drop it: tables are stored whole."
 _MD = "Mixed embedding dimensions are not supported yet. Drop it: all tables have one dimension."
 _TERABYTE = (
     "Only for the Criteo Terabyte data, which are not supported yet. Use --data-set=kaggle without "
     "it."
 )
-_SYNTHESIZE_INSTEAD = (
-    "made-up batches are not supported yet. Make files with `dlrm synthesize DIR`, then use "
-    "--data-generation=dataset --raw-data-file=DIR/train.txt"
-)
-
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "model": (
         Flag(
@@ -222,9 +213,14 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--data-generation",
             "random",
-            "Must be dataset; the default is refused.",
-            _choice("dataset", "random", "synthetic"),
-            refused_values={"random": _SYNTHESIZE_INSTEAD, "synthetic": _SYNTHESIZE_INSTEAD},
+            "dataset: rows of a file. random, synthetic: made-up rows, see below.",
+            _choice("dataset", "random", "synthetic", "internal"),
+            ("data_generation",),
+            lambda kind: None if kind == "dataset" else kind,
+            refused_values={
+                "internal": "it takes libraries that were never published. Use random, synthetic "
+                "or dataset"
+            },
         ),
         Flag(
             "--data-set",
@@ -270,7 +266,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--num-batches",
             0,
-            "Use only the first N batches of each split; at most 0: all.",
+            "Use only the first N batches of each split; at most 0: all. Of made-up rows, make so "
+            "many batches instead of --data-size rows.",
             int,
             ("num_batches",),
             _not_negative,
@@ -286,8 +283,11 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--round-targets",
             False,
-            "True or False: labels of the data are 0 and 1 already, so both mean the same.",
+            "True or False: whether made-up labels are 0 and 1, or anything between. Labels of a "
+            "file are 0 and 1 already.",
             _boolean,
+            ("soft_labels",),
+            lambda on: not on,
         ),
         Flag(
             "--num-workers",
@@ -300,6 +300,74 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--dataset-multiprocessing",
             False,
             "Taken, with a note: preparation uses the cores that it may use in any case.",
+        ),
+    ),
+    "made-up data": (
+        Flag(
+            "--arch-embedding-size",
+            (4, 3, 2),
+            "Rows of each embedding table. Of files, they follow from the data.",
+            _integers,
+            ("num_embeddings",),
+        ),
+        Flag(
+            "--data-size",
+            1,
+            "Rows to train on; the same are tested.",
+            int,
+            ("data_size",),
+        ),
+        Flag(
+            "--num-indices-per-lookup",
+            10,
+            "The most ids that a table is looked up with at once; equal ones count once.",
+            int,
+            ("num_indices_per_lookup",),
+        ),
+        Flag(
+            "--num-indices-per-lookup-fixed",
+            False,
+            "True or False: draw just so many, instead of 1 to so many.",
+            _boolean,
+            ("num_indices_per_lookup_fixed",),
+        ),
+        Flag(
+            "--rand-data-dist",
+            "uniform",
+            "How --data-generation=random draws ids: uniform or gaussian.",
+            _choice("uniform", "gaussian"),
+            ("rand_data_dist",),
+        ),
+        *(
+            Flag(
+                f"--rand-data-{name}",
+                default,
+                f"{meaning}; acts with --rand-data-dist=gaussian.",
+                float,
+                (f"rand_data_{name}",),
+            )
+            for name, default, meaning in (
+                ("min", 0.0, "The lowest id"),
+                ("max", 1.0, "The highest id, which every table must have"),
+                ("mu", -1.0, "The mean, or -1 for that of the lowest and the highest id"),
+                ("sigma", 1.0, "The standard deviation"),
+            )
+        ),
+        Flag(
+            "--data-trace-file",
+            "./input/dist_emb_j.log",
+            "With --data-generation=synthetic: the stack distances of each table's ids; j in the "
+            "file's name stands for its number. `dlrm stack-distances` writes such.",
+            str,
+            ("data_trace_file",),
+        ),
+        Flag(
+            "--data-trace-enable-padding",
+            False,
+            "True or False: draw no new ids once all can have occurred; acts with "
+            "--data-generation=synthetic.",
+            _boolean,
+            ("data_trace_enable_padding",),
         ),
     ),
     "training": (
@@ -442,11 +510,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     ),
     "known but refused": (
         _refused(
-            "--arch-embedding-size",
-            (4, 3, 2),
-            "Table sizes of made-up data. Drop it: they follow from the data.",
-        ),
-        _refused(
             "--weighted-pooling",
             None,
             "Weighted pooling is not supported yet. Drop it: the vectors of a bag are summed, as "
@@ -475,21 +538,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "relu",
             "The reference ignores it and always uses relu. Drop it.",
         ),
-        *(
-            _refused(f"--{name}", default, _MADE_UP)
-            for name, default in {
-                "data-size": 1,
-                "rand-data-dist": "uniform",
-                "rand-data-min": 0.0,
-                "rand-data-max": 1.0,
-                "rand-data-mu": -1.0,
-                "rand-data-sigma": 1.0,
-                "num-indices-per-lookup": 10,
-                "data-trace-file": "./input/dist_emb_j.log",
-            }.items()
-        ),
-        _refused("--num-indices-per-lookup-fixed", False, _MADE_UP, _boolean),
-        _refused("--data-trace-enable-padding", False, _MADE_UP, _boolean),
         _refused(
             "--memory-map",
             False,

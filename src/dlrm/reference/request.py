@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import shlex
 import typing
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dlrm.config import PrepareConfig, Shuffle, TrainConfig, read_run_config
+import msgspec
+
+from dlrm.config import GenerateConfig, PrepareConfig, Shuffle, TrainConfig, read_run_config
 from dlrm.errors import UserError
 from dlrm.reference.flags import FLAGS, read_flags
 
@@ -40,10 +43,11 @@ _ESSENTIAL = (
 class Request:
     """What a command line of the reference asks for, in our terms."""
 
-    prepare: PrepareConfig
+    prepare: PrepareConfig | GenerateConfig
+    """How the DATASET is prepared, or made up."""
     train: TrainConfig
-    source: Path
-    """Criteo's train.txt, or a .npz that the reference prepared."""
+    source: Path | None
+    """Criteo's train.txt, or a .npz that the reference prepared; None: rows are made up."""
     dataset: Path
     """Where the DATASET lies or goes."""
     run: Path
@@ -63,15 +67,16 @@ class Request:
 
     def commands(self) -> list[str]:
         """Return the ``dlrm`` commands that do the same, ready for a shell."""
-        source, dataset, run = str(self.source), str(self.dataset), str(self.run)
-        prepare = ["dlrm", "prepare", source, dataset, *_options(self.prepare)]
+        dataset, run = str(self.dataset), str(self.run)
+        verb = ["generate"] if self.source is None else ["prepare", str(self.source)]
+        first = ["dlrm", *verb, dataset, *_options(self.prepare)]
         if self.inference_only:
             second = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
             for field in ("device", "local_rank"):
                 second += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
         else:
             second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
-        return [shlex.join(prepare), shlex.join(second)]
+        return [shlex.join(first), shlex.join(second)]
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -94,14 +99,21 @@ def parse(arguments: Sequence[str]) -> Request:
     notes = _notes(values, idle)
     values = values | {key: FLAGS[key].default for key in idle}
 
-    source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
     settings = _settings(values)
-    if source.suffix == ".npz":
-        # Its rows are chosen and its values numbered already: only ids can be taken modulo.
-        prepare_settings = {**settings, "max_ind_range": 0, "data_sub_sample_rate": 0.0}
-    else:
-        prepare_settings = dict(settings)
-    prepare_settings["shuffle"] = _SHUFFLES[values["data_randomize"]]
+    source: Path | None = None
+    prepare: PrepareConfig | GenerateConfig
+    try:
+        if values["data_generation"] == "dataset":
+            source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
+            prepare = _preparation(values, settings, source)
+        else:
+            prepare = made_up = _generation(values, settings)
+            dataset = _generated_path(made_up, values["run"])
+            # All rows that are made up are used, and no permutation is drawn before the weights.
+            settings["num_batches"] = 0
+            settings["initial_draws"] = "none"
+    except UserError as error:
+        raise in_reference_terms(error) from error
     settings["report_checkpoint"] = "newest"
     settings["selection_split"] = "test"
     if settings["evaluation_batch_size"] < 0:
@@ -117,7 +129,7 @@ def parse(arguments: Sequence[str]) -> Request:
         else:
             run = _free_run(None if values["inference_only"] else training, dataset)
         return Request(
-            prepare=_build(PrepareConfig, prepare_settings),
+            prepare=prepare,
             train=training(run),
             source=source,
             dataset=dataset,
@@ -148,12 +160,37 @@ def in_reference_terms(error: E) -> E:
     return type(error)(f"{str(error).rstrip('.')}. Here {meant}.")
 
 
+def _preparation(
+    values: Mapping[str, Any], settings: Mapping[str, Any], source: Path
+) -> PrepareConfig:
+    chosen = {**settings, "shuffle": _SHUFFLES[values["data_randomize"]]}
+    if source.suffix == ".npz":
+        # Its rows are chosen and its values numbered already: only ids can be taken modulo.
+        chosen |= {"max_ind_range": 0, "data_sub_sample_rate": 0.0}
+    return _build(PrepareConfig, chosen)
+
+
+def _generation(values: Mapping[str, Any], settings: Mapping[str, Any]) -> GenerateConfig:
+    acting = dict(settings)
+    if values["data_generation"] != "synthetic":
+        del acting["data_trace_file"]
+    return _build(GenerateConfig, {**acting, "dense_features": values["arch_mlp_bot"][0]})
+
+
+def _generated_path(config: GenerateConfig, run: str) -> Path:
+    """Return where made-up rows go: beside the RUN, under a name that tells them from others."""
+    content = hashlib.sha256(msgspec.json.encode(config)).hexdigest()
+    folder = Path(run).parent if run else Path("runs")
+    return folder / f"{config.data_generation}-{content[:12]}.dataset"
+
+
 def _data_paths(raw: str, processed: str) -> tuple[Path, Path]:
     """Return the source and the DATASET."""
     if not processed and not raw:
         raise UserError(
             "there are no data: name Criteo's train.txt with --raw-data-file, or a finished .npz "
-            "of the reference with --processed-data-file."
+            "of the reference with --processed-data-file, or make rows up with "
+            "--data-generation=random."
         )
     finished = Path(processed) if processed else Path(raw).with_name(_PROCESSED_NAME)
     if finished.suffix != ".npz":
@@ -217,9 +254,34 @@ def _build(kind: type[T], settings: Mapping[str, Any]) -> T:
     return kind(**chosen)
 
 
+_OF_FILES = (
+    "raw_data_file",
+    "processed_data_file",
+    "data_randomize",
+    "max_ind_range",
+    "data_sub_sample_rate",
+    "dataset_multiprocessing",
+)
+_OF_GAUSSIAN = tuple(f"rand_data_{name}" for name in ("min", "max", "mu", "sigma"))
+_OF_TRACES = ("data_trace_file", "data_trace_enable_padding")
+_OF_MADE_UP_ROWS = (
+    "arch_embedding_size",
+    "data_size",
+    "num_indices_per_lookup",
+    "num_indices_per_lookup_fixed",
+)
+
+
 def _idle(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the flags that were given and have no effect beside the others, and why."""
+    kind, distribution = values["data_generation"], values["rand_data_dist"]
+    is_gaussian = (kind, distribution) == ("random", "gaussian")
     no_effect = {
+        **dict.fromkeys(_OF_FILES, (kind != "dataset", "on made-up rows")),
+        **dict.fromkeys(_OF_MADE_UP_ROWS, (kind == "dataset", "with --data-generation=dataset")),
+        **dict.fromkeys(_OF_TRACES, (kind != "synthetic", "without --data-generation=synthetic")),
+        "rand_data_dist": (kind != "random", "without --data-generation=random"),
+        **dict.fromkeys(_OF_GAUSSIAN, (not is_gaussian, "without --rand-data-dist=gaussian")),
         "loss_weights": (values["loss_function"] != "wbce", "without --loss-function=wbce"),
         "arch_interaction_itself": (
             values["arch_interaction_op"] != "dot",
@@ -251,11 +313,12 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
 def _notes(values: Mapping[str, Any], idle: Mapping[str, str]) -> list[str]:
     """Return a note for each flag that was given and changes nothing here."""
     already = {
-        "round_targets": "the labels are 0 and 1 already",
         "num_workers": "one background thread reads here",
         "test_num_workers": "one background thread reads here",
         "dataset_multiprocessing": "preparation uses the cores that it may use in any case",
     }
+    if values["data_generation"] == "dataset":
+        already["round_targets"] = "the labels are 0 and 1 already"
     name = values["tensor_board_filename"]
     moved = name and "tensor_board_filename" not in idle
     return [

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 
 from dlrm.checkpoint import save_checkpoint
-from dlrm.config import write_config
+from dlrm.config import GenerateConfig, PrepareConfig, write_config
 from dlrm.data.dataset import Dataset, copy_description
+from dlrm.data.generation import generate
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
 from dlrm.device import open_device
@@ -50,7 +51,9 @@ def _run(request: Request) -> None:
         refuse_taken_run(request.run)
     else:
         refuse_another_training(request.run, request.train)
-    find_source(request.source, request.prepare)
+    if isinstance(request.prepare, PrepareConfig):
+        assert request.source
+        find_source(request.source, request.prepare)
     if request.save_model and not request.save_model.parent.is_dir():
         raise UserError(
             f"--save-model: {request.save_model.parent} is not a folder. Make it, or choose "
@@ -106,13 +109,20 @@ def _announce(request: Request, device: str) -> None:
 
 def _prepare(request: Request) -> Dataset:
     try:
-        return prepare(request.source, request.dataset, request.prepare)
+        return _make(request)
     except UserError as error:
         if not (request.dataset / "manifest.json").exists():
             raise
         say(f"# {error}")
-        say(f"# {request.dataset} is prepared anew, as with --overwrite")
-    return prepare(request.source, request.dataset, request.prepare, overwrite=True)
+        say(f"# {request.dataset} is made anew, as with --overwrite")
+    return _make(request, overwrite=True)
+
+
+def _make(request: Request, *, overwrite: bool = False) -> Dataset:
+    if isinstance(request.prepare, GenerateConfig):
+        return generate(request.dataset, request.prepare, overwrite=overwrite)
+    assert request.source
+    return prepare(request.source, request.dataset, request.prepare, overwrite=overwrite)
 
 
 def _continue(

@@ -6,8 +6,8 @@ Breiman, *Random Forests*, 2001, section 10, with the AUC in place of the error 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from dlrm.metrics import Metrics, compute_metrics
 from dlrm.model.score import Scorer
 from dlrm.progress import progress
 from dlrm.runs import Run, Which
-from dlrm.schema import Split
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature, Split
 
 REPEATS = 3
 """Permutations of each feature."""
@@ -65,18 +65,14 @@ def permutation_importance(
     scorer = Scorer(run.load_model(checkpoint, torch.device("cpu")), run.config.loss)
     step = run.config.evaluation_batch_size
 
-    def measure(dense: npt.NDArray[np.int32], sparse: npt.NDArray[np.int32]) -> Metrics:
-        scores = [
-            scorer(
-                make_batch(
-                    run.schema, dense[start : start + step], sparse[start : start + step], None
-                )
-            )
-            for start in range(0, len(dense), step)
-        ]
-        return compute_metrics(taken.labels, np.concatenate(scores))
+    def measure(rows: Rows) -> Metrics:
+        scores = []
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            scores.append(scorer(make_batch(run.schema, some.dense, some.sparse, None, some.bags)))
+        return compute_metrics(taken.clicked, np.concatenate(scores))
 
-    before = measure(taken.dense, taken.sparse)
+    before = measure(taken)
     generator = np.random.default_rng(run.config.seed)
     features = (*run.schema.dense, *run.schema.sparse)
     found = []
@@ -84,17 +80,10 @@ def permutation_importance(
         progress("feature importance", len(features), features, unit="features")
     ):
         is_dense = number < len(run.schema.dense)
-        after = []
-        for order in _permutations(generator, len(taken)):
-            dense, sparse = taken.dense, taken.sparse
-            if is_dense:
-                dense = dense.copy()
-                dense[:, number] = dense[order, number]
-            else:
-                column = number - len(run.schema.dense)
-                sparse = sparse.copy()
-                sparse[:, column] = sparse[order, column]
-            after.append(measure(dense, sparse))
+        after = [
+            measure(_with_permuted(taken, feature, run.schema, order))
+            for order in _permutations(generator, len(taken))
+        ]
         drops = [before.auc - each.auc for each in after]
         found.append(
             FeatureImportance(
@@ -108,6 +97,30 @@ def permutation_importance(
         )
     found.sort(key=lambda each: -each.auc_drop)
     return Importances(len(taken), before, tuple(found))
+
+
+def _with_permuted(
+    rows: Rows,
+    feature: DenseFeature | SparseFeature,
+    schema: FeatureSchema,
+    order: npt.NDArray[np.int64],
+) -> Rows:
+    """Return rows in which the values of one feature have changed places."""
+
+    def permuted(values: npt.NDArray[Any], column: int) -> npt.NDArray[Any]:
+        values = values.copy()
+        values[:, column] = values[order, column]
+        return values
+
+    if isinstance(feature, DenseFeature):
+        return replace(rows, dense=permuted(rows.dense, schema.dense.index(feature)))
+    if not feature.multi_hot:
+        column = schema.one_id_features.index(feature)
+        return replace(rows, sparse=permuted(rows.sparse, column))
+    bags = list(rows.bags)
+    column = schema.multi_hot_features.index(feature)
+    bags[column] = bags[column][order]
+    return replace(rows, bags=tuple(bags))
 
 
 def _permutations(generator: np.random.Generator, rows: int) -> Iterator[npt.NDArray[np.int64]]:

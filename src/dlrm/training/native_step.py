@@ -50,11 +50,6 @@ class NativeStep:
         self._loss = LOSSES[loss.loss]
         self._bag_gradients = torch.empty(0)
         dense, over = self._forward.dense, self._forward.over
-        # Gradients go to an input as its weights' transpose.
-        self._transposed = {
-            stack: [torch.zeros(weight.shape[::-1]) for weight in stack.weights]
-            for stack in (dense, over)
-        }
         self._carried: dict[Stack, tuple[list[Tensor], list[Tensor]]] = {}
         self._sums = {
             stack: optimizer.dense_sums(mlp)
@@ -100,7 +95,6 @@ class NativeStep:
             forward.over.weights,
             forward.over.biases,
             [kept.interactions, *kept.over_outputs[:-1]],
-            self._transposed[forward.over],
             kept.over_gradients,
             kept.interaction_gradients,
         )
@@ -119,7 +113,6 @@ class NativeStep:
             forward.dense.weights,
             forward.dense.biases,
             [kept.dense_input, *kept.dense_outputs[:-1]],
-            self._transposed[forward.dense],
             kept.dense_gradients,
             None,
         )
