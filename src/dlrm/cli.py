@@ -249,19 +249,24 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
-        from dlrm.training.begin import resume, train
+        from dlrm.runs import to_resume
+        from dlrm.training.begin import resume, train, way_on
         from dlrm.training.events import Console
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)
-            _print_json(resume(self.resume, self.dataset, [Console()], profile=self.profile))
-            return
-        if self.dataset is None or self.run is None:
+            with way_on(self.resume, to_resume(self.resume)):
+                result = resume(self.resume, self.dataset, [Console()], profile=self.profile)
+        elif self.dataset is None or self.run is None:
             raise UserError(
                 "name the DATASET and the RUN to make: dlrm train DATASET --run RUN; or the RUN to "
                 "go on with: dlrm train --resume RUN"
             )
-        result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
+        else:
+            with way_on(self.run, to_resume(self.run)):
+                result = train(
+                    self.dataset, self.run, self.options, [Console()], profile=self.profile
+                )
         _print_json(result)
 
     def _refuse_options_beside_resume(self, run: Path) -> None:
@@ -454,7 +459,8 @@ class Predict:
     """Predict the click probability of raw rows.
 
     INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
-    Criteo's test.txt a valid Kaggle submission. MODEL is a RUN; its DATASET is not needed.
+    Criteo's test.txt a valid Kaggle submission, compressed if its name ends in .gz. MODEL is a RUN;
+    its DATASET is not needed.
     """
 
     model: tyro.conf.Positional[Path]
@@ -465,6 +471,8 @@ class Predict:
     """The CSV file to write."""
     first_id: int | None = None
     """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    overwrite: bool = False
+    """Replace OUTPUT if it is there already."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     device: DeviceKind = "cpu"
@@ -485,7 +493,14 @@ class Predict:
             local_rank=self.local_rank,
             amp=self.amp,
         )
-        _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
+        summary = predict_file(
+            predictor,
+            self.input,
+            self.output,
+            first_id=self.first_id,
+            overwrite=self.overwrite,
+        )
+        _print_json(summary)
 
 
 @dataclass(frozen=True)

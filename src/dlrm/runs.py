@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import resource
+import shlex
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -186,6 +187,11 @@ class Run(AnyRun):
         load_weights(self.checkpoint(which), model)
         model.eval()
         return model
+
+
+def to_resume(path: Path) -> str:
+    """Return the command that goes on with the training of a RUN."""
+    return f"dlrm train --resume {shlex.quote(str(path))}"
 
 
 def open_run(path: Path) -> AnyRun:
