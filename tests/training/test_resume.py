@@ -998,6 +998,8 @@ def test_a_hundred_signals(
         else:
             after = generator.uniform(0.05, 0.25) if lost else generator.uniform(0.0, 0.06)
             how, when = "time", {"kill_after": after, "signal_after": number}
+            if lost:  # a fast machine would be at the end before the hundredth
+                when[at_step] = 25
         answer = warm(run, plain=plain, overlap=True, **when)
         # Before and after it trains, SIGTERM ends a process that has no handler for it.
         assert answer.status in (status, -number), answer.said
