@@ -13,15 +13,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dlrm.cli import parse
-from dlrm.device import available_cores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -92,30 +89,9 @@ def run_blocks(page: Path, folder: Path, environment: dict[str, str]) -> None:
         assert result.returncode == 0, f"{block} failed:\n{block.text}\n{result.stdout}"
 
 
-@pytest.fixture(scope="module")
-def running(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    quick_dlrm: dict[str, str],
-) -> Iterator[dict[Path, Future[None]]]:
-    """The selected pages, run as many at a time as there are cores."""
-    chosen = [
-        item.callspec.params["page"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == "test_blocks_run"
-    ]
-    with ThreadPoolExecutor(available_cores()) as pool:
-        yield {
-            page: pool.submit(
-                run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)), quick_dlrm
-            )
-            for page in chosen
-        }
-
-
 @pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_blocks_run(page: Path, running: dict[Path, Future[None]]) -> None:
-    running[page].result()
+def test_blocks_run(page: Path, quick_dlrm: dict[str, str], tmp_path: Path) -> None:
+    run_blocks(page, scratch(tmp_path), quick_dlrm)
 
 
 @pytest.mark.parametrize(
