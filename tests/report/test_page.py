@@ -122,7 +122,7 @@ def test_without_its_dataset_a_sentence_says_so(runs: Path, tmp_path: Path) -> N
     run = shutil.copytree(runs / "dlrm", tmp_path / "moved")
     write_config(run / "config.toml", open_run(run).config, tmp_path / "gone")
     shown = texts(write_report(run).read_text())
-    assert any(text.startswith("Not measured: the DATASET cannot be read") for text in shown)
+    assert any(text.startswith("Not measured: the DATASET cannot be used") for text in shown)
     assert not any("best possible" in text for text in shown)
     path = write_report(run, dataset=runs / "dataset", importance_rows=100)
     assert any("Measured on 100 rows" in text for text in texts(path.read_text()))
