@@ -1,4 +1,4 @@
-"""What the pages share: their frame, their tables and figures, and how they open what they show."""
+"""What the pages share: their frame, their tables and figures, and where they go."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 import jinja2
 
-from dlrm.data.dataset import Dataset
 from dlrm.errors import UserError
 from dlrm.report.figures import Drawing
-from dlrm.runs import AnyRun
 from dlrm.version import __version__
 
 
@@ -58,18 +56,6 @@ def output_path(output: Path | str | None, default: Path) -> Path:
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path.parent} is not a folder, so {path} cannot be written. Make it.")
     return path
-
-
-def dataset_of(run: AnyRun, place: Path | None) -> Dataset:
-    """Open the DATASET of a run: where it was, or where it is now.
-
-    Raises:
-        UserError: It is missing or damaged, or the run was trained on another.
-    """
-    data = Dataset.open(place or run.dataset)
-    if data.schema.fingerprint != run.schema.fingerprint:
-        raise UserError(f"{data.path} is not the DATASET that {run.path} was trained on.")
-    return data
 
 
 def rounded(value: float, digits: int = 4) -> str:

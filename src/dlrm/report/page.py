@@ -33,7 +33,7 @@ from dlrm.report.figures import (
     draw_progress,
     draw_roc,
 )
-from dlrm.report.html import Shown, Table, dataset_of, output_path, render, rounded
+from dlrm.report.html import Shown, Table, output_path, render, rounded
 from dlrm.report.importance import REPEATS, Importances, permutation_importance
 from dlrm.runs import AnyRun, Run, RunResult, open_run
 from dlrm.schema import Split
@@ -142,7 +142,7 @@ def _read(name: str, path: Path) -> _Subject:
 def _open_dataset(run: AnyRun, place: Path | None) -> tuple[Dataset | None, str]:
     """Open the DATASET of a run; None and why, where it is gone and nobody said where to."""
     try:
-        return dataset_of(run, place), ""
+        return run.open_dataset(place), ""
     except UserError as error:
         if place:
             raise
