@@ -9,12 +9,10 @@ What a page's fence says beside the language decides:
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -95,34 +93,10 @@ def run_blocks(page: Path, folder: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Variables under which ``dlrm`` is quick to start and its threads do not wait busily."""
-    folder = tmp_path_factory.mktemp("bin")
-    path, program = folder / "socket", REPOSITORY / "tests" / "warm_dlrm.py"
-    variables = os.environ | {
-        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",  # two pages run at a time
-        "OMP_WAIT_POLICY": "passive",
-    }
-    command = shlex.join([sys.executable, "-S", "-E", str(program), "call", str(path)])
-    (folder / "dlrm").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    (folder / "dlrm").chmod(0o755)
-    server = subprocess.Popen([sys.executable, program, "serve", path], env=variables)
-    try:
-        while not path.exists():
-            assert server.poll() is None
-            time.sleep(0.05)
-        yield variables
-    finally:
-        server.terminate()
-        server.wait()
-
-
-@pytest.fixture(scope="module")
 def running(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    environment: dict[str, str],
+    quick_dlrm: dict[str, str],
 ) -> Iterator[dict[Path, Future[None]]]:
     """The selected pages, run as many at a time as there are cores."""
     chosen = [
@@ -133,7 +107,7 @@ def running(
     with ThreadPoolExecutor(available_cores()) as pool:
         yield {
             page: pool.submit(
-                run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)), environment
+                run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)), quick_dlrm
             )
             for page in chosen
         }

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 import dlrm
-from dlrm.config import ModelConfig, PrepareConfig, TrainConfig
+from dlrm.config import ModelConfig, PrepareConfig, TableConfig, TrainConfig
 from dlrm.data.batch import Batch
 from dlrm.data.prepare import prepare
 from dlrm.data.vocabulary import Vocabulary
-from dlrm.embeddings import count_ids, values_of
+from dlrm.embeddings import count_ids, values_of, vectors_of
+from dlrm.model.dlrm import DLRM, initialize
 from dlrm.runs import Run
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1))
 
@@ -59,3 +61,23 @@ def test_ids_are_counted_in_bags_of_any_length() -> None:
     (counts, clicks), (other_counts, other_clicks) = count_ids(data, schema, [0, 1])
     assert (counts.tolist(), clicks.tolist()) == ([2, 1, 2], [1, 1, 0])
     assert (other_counts.tolist(), other_clicks.tolist()) == ([0, 2, 0, 3], [0, 2, 0, 1])
+
+
+def test_vectors_are_those_that_other_features_meet() -> None:
+    sparse = (SparseFeature("whole", 9), SparseFeature("qr", 9), SparseFeature("md", 9))
+    schema = FeatureSchema("label", (DenseFeature("d"),), sparse, "test", "none")
+    tables = (TableConfig("qr", "qr", "mult", 2), TableConfig("md", "md", md_dim=2))
+    model = DLRM(schema, replace(MODEL, tables=tables))
+    initialize(model, np.random.RandomState(0), torch.Generator().manual_seed(0))
+    ids = np.array([4, 0, 8, 4])
+    with torch.no_grad():
+        rows = torch.from_numpy(np.stack([ids, ids, ids], axis=1))
+        expected = model.sparse_arch(rows).numpy()
+        quotient, remainder = (
+            table.numpy() for name, table in model.sparse_arch.tables().items() if ".t_qr" in name
+        )
+    for index in range(3):
+        np.testing.assert_allclose(vectors_of(model, schema, index, ids), expected[:, index])
+    by_hand = quotient[ids // 2] * remainder[ids % 2]
+    np.testing.assert_allclose(vectors_of(model, schema, 1, ids), by_hand, rtol=1e-6)
+    assert vectors_of(model, schema, 0, ids[:0]).shape == (0, 4)

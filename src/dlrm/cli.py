@@ -30,10 +30,13 @@ from dlrm.config import (
     GenerateConfig,
     PrepareConfig,
     SynthesizeConfig,
+    TableConfig,
     TrainConfig,
     differences,
     read_config,
     read_run_config,
+    read_table,
+    table_text,
 )
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.schema import SPLITS, Split
@@ -246,19 +249,24 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
-        from dlrm.training.begin import resume, train
+        from dlrm.runs import to_resume
+        from dlrm.training.begin import resume, train, way_on
         from dlrm.training.events import Console
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)
-            _print_json(resume(self.resume, self.dataset, [Console()], profile=self.profile))
-            return
-        if self.dataset is None or self.run is None:
+            with way_on(self.resume, to_resume(self.resume)):
+                result = resume(self.resume, self.dataset, [Console()], profile=self.profile)
+        elif self.dataset is None or self.run is None:
             raise UserError(
                 "name the DATASET and the RUN to make: dlrm train DATASET --run RUN; or the RUN to "
                 "go on with: dlrm train --resume RUN"
             )
-        result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
+        else:
+            with way_on(self.run, to_resume(self.run)):
+                result = train(
+                    self.dataset, self.run, self.options, [Console()], profile=self.profile
+                )
         _print_json(result)
 
     def _refuse_options_beside_resume(self, run: Path) -> None:
@@ -451,7 +459,8 @@ class Predict:
     """Predict the click probability of raw rows.
 
     INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
-    Criteo's test.txt a valid Kaggle submission. MODEL is a RUN; its DATASET is not needed.
+    Criteo's test.txt a valid Kaggle submission, compressed if its name ends in .gz. MODEL is a RUN;
+    its DATASET is not needed.
     """
 
     model: tyro.conf.Positional[Path]
@@ -462,6 +471,8 @@ class Predict:
     """The CSV file to write."""
     first_id: int | None = None
     """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    overwrite: bool = False
+    """Replace OUTPUT if it is there already."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     device: DeviceKind = "cpu"
@@ -482,7 +493,14 @@ class Predict:
             local_rank=self.local_rank,
             amp=self.amp,
         )
-        _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
+        summary = predict_file(
+            predictor,
+            self.input,
+            self.output,
+            first_id=self.first_id,
+            overwrite=self.overwrite,
+        )
+        _print_json(summary)
 
 
 @dataclass(frozen=True)
@@ -696,8 +714,28 @@ def parse(arguments: Sequence[str]) -> Command:
         args=rest,
         default=kind(**_defaults(kind, rest)),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
+        registry=_registry,
     )
     return command
+
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _tables(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[tuple[TableConfig, ...]] | None:
+    """Read the entries of tables, each one argument."""
+    if kind.type != tuple[TableConfig, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME,KEY=VALUE…",
+        instance_from_str=lambda arguments: tuple(map(read_table, arguments)),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda tables: [table_text(table) for table in tables],
+    )
 
 
 def _defaults(kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:

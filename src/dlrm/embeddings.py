@@ -111,11 +111,12 @@ def vectors_of(
     model: DLRM, schema: FeatureSchema, index: int, ids: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     """Return the vectors, (n, D), with which n ids of a sparse feature meet the other features."""
-    device = next(model.parameters()).device
     lengths = np.zeros((len(ids), len(schema.sparse)), np.int64)
     lengths[:, index] = 1
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-    vectors: torch.Tensor = model.sparse_arch(torch.from_numpy(ids).to(device), offsets.to(device))
+    vectors: torch.Tensor = model.sparse_arch(
+        torch.from_numpy(ids).to(model.device), offsets.to(model.device)
+    )
     return vectors[:, index].float().cpu().numpy()
 
 

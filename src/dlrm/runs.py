@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import resource
+import shlex
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class RunResult:
     """Steps that moved nothing: under mixed precision a gradient was not finite."""
     model: Literal["dlrm", "logistic", "lightgbm"] = "dlrm"
     """What was trained: a DLRM, or which baseline."""
+    table_bytes: int = 0
+    """Of a DLRM's embedding tables, with projections and pooling weights; 0: of a version that did
+    not tell yet."""
+    whole_table_bytes: int = 0
+    """What tables with a vector for each id would take."""
     format_version: str = FORMAT_VERSION
 
 
@@ -205,6 +211,11 @@ class Run(AnyRun):
         load_weights(self.checkpoint(which), model)
         model.eval()
         return model
+
+
+def to_resume(path: Path) -> str:
+    """Return the command that goes on with the training of a RUN."""
+    return f"dlrm train --resume {shlex.quote(str(path))}"
 
 
 def open_run(path: Path) -> AnyRun:

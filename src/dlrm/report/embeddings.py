@@ -218,10 +218,10 @@ def _click_rate(data: Dataset) -> float:
 def _mapped(measured: Sequence[_Measured], *, are_named: bool) -> list[_Measured]:
     """Return the features to draw: all that are named, or those furthest beyond chance."""
     enough = [each for each in measured if len(each.common.values) >= FEWEST_VALUES]
-    if len(enough) < len(measured) and (are_named or not enough):
-        few = next(each.common for each in measured if each not in enough)
+    few = [each.common for each in measured if len(each.common.values) < FEWEST_VALUES]
+    if few and (are_named or not enough):
         raise UserError(
-            f"{few.name} has {few.distinct} values in the training rows, and a map takes "
+            f"{few[0].name} has {few[0].distinct} values in the training rows, and a map takes "
             f"{FEWEST_VALUES}. Name others with --features."
         )
     if are_named:

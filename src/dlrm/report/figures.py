@@ -171,34 +171,42 @@ def draw_progress(
 
 def draw_roc(key: str, title: str, description: str, lines: Sequence[Line]) -> Drawing:
     """Draw ROC curves."""
-    with _Sheet() as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="chance")
-        _draw_curves(axes, lines)
-        axes.set(
-            xlabel="False positive rate (share of non-clicks)",
-            ylabel="True positive rate (share of clicks)",
-            xlim=(0, 1),
-            ylim=(0, 1.01),
-        )
-        _legend_above(figure, len(lines) + 1)
-        return _finish(figure, key, title, description)
+    labels = ("False positive rate (share of non-clicks)", "True positive rate (share of clicks)")
+    return _draw_rates(key, title, description, lines, labels, Line("chance", _DIAGONAL))
 
 
 def draw_precision_recall(
     key: str, title: str, description: str, lines: Sequence[Line], click_rate: float
 ) -> Drawing:
     """Draw precision-recall curves."""
+    labels = ("Recall (share of clicks)", "Precision (share that was clicked)")
+    level = Curve(np.array([0.0, 1.0]), np.full(2, click_rate))
+    return _draw_rates(key, title, description, lines, labels, Line("click rate", level))
+
+
+_DIAGONAL = Curve(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+
+
+def _draw_rates(
+    key: str,
+    title: str,
+    description: str,
+    lines: Sequence[Line],
+    labels: tuple[str, str],
+    guess: Line,
+) -> Drawing:
+    """Draw curves in the unit square, beside what a guess reaches; ``labels`` are of x and y."""
     with _Sheet() as (figure, axes):
-        axes.axhline(
-            click_rate, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="click rate"
+        axes.plot(
+            guess.curve.x,
+            guess.curve.y,
+            color=_INK,
+            linewidth=0.8,
+            linestyle=(0, (4, 3)),
+            label=guess.name,
         )
         _draw_curves(axes, lines)
-        axes.set(
-            xlabel="Recall (share of clicks)",
-            ylabel="Precision (share that was clicked)",
-            xlim=(0, 1),
-            ylim=(0, 1.01),
-        )
+        axes.set(xlabel=labels[0], ylabel=labels[1], xlim=(0, 1), ylim=(0, 1.01))
         _legend_above(figure, len(lines) + 1)
         return _finish(figure, key, title, description)
 
