@@ -542,6 +542,44 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Visualize:
+    """Write one HTML page of pictures of a run's embeddings.
+
+    Of each feature a map in which values that the model takes alike lie together, coloured by click
+    rate; the lengths of vectors over how often their values occur; and how alike features are. It
+    takes the run's DATASET, and scikit-learn (pip install 'dlrm[baselines]').
+    """
+
+    run: tyro.conf.Positional[Path]
+    """What `dlrm train` or `dlrm run` made."""
+    features: tuple[str, ...] = ()
+    """The sparse features to show; by default a table of all, and maps of the 4 whose vectors tell
+    most of click rates."""
+    values: int = 2000
+    """Show so many values of each, the commonest in the training rows."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best on validation, or the newest."""
+    output: Path | None = None
+    """The file to write; by default RUN/embeddings.html."""
+    dataset: Path | None = None
+    """Where the run's DATASET is now; by default where it was."""
+
+    def execute(self) -> None:
+        """Write the page and print where it is."""
+        from dlrm.report.embeddings import visualize
+
+        path = visualize(
+            self.run,
+            self.output,
+            features=self.features,
+            values=self.values,
+            checkpoint=self.checkpoint,
+            dataset=self.dataset,
+        )
+        _print_json({"embeddings": str(path)})
+
+
+@dataclass(frozen=True)
 class BenchTrain:
     """Measure training beside the time that its matrix multiplications alone take, the floor.
 
@@ -592,6 +630,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
     "report": (Report, "write one HTML page about a run"),
+    "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
