@@ -610,6 +610,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """What a ``.pt`` does not tell of itself, as far as it differs from the usual."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    qr_operation: Literal["unknown", "mult", "add"] = "unknown"
+    """Of quotient-remainder tables, whether their vectors are multiplied or added: the old
+    --qr-operation. (concat is seen.)"""
+    max_ind_range: int = 0
+    """The old --max-ind-range: ids are taken modulo this number; 0: they are not."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        require(
+            self.max_ind_range >= 0,
+            f"--max-ind-range must not be negative; got {self.max_ind_range}",
+        )
+
+
+@dataclass(frozen=True)
 class BenchTrainConfig:
     """What ``dlrm bench train`` measures."""
 

@@ -8,6 +8,7 @@ import pytest
 
 from dlrm import cli
 from dlrm.config import (
+    ConvertConfig,
     GenerateConfig,
     LossConfig,
     ModelConfig,
@@ -180,7 +181,8 @@ def test_the_commands_mean_the_same(flags: str) -> None:
 
 def test_the_command_of_inference() -> None:
     asked = request("--inference-only --load-model=m.pt --run=r --use-npu --local_rank=2")
-    evaluate = cli.parse(shlex.split(asked.commands()[1])[1:])
+    convert, evaluate = (cli.parse(shlex.split(line)[1:]) for line in asked.commands()[1:])
+    assert convert == cli.Convert(Path("m.pt"), Path("r"), ConvertConfig(), asked.dataset)
     assert evaluate == cli.Evaluate(
         Path("r"), "test", checkpoint="newest", device="npu", local_rank=2
     )

@@ -44,6 +44,8 @@ class ReferenceCheckpoint:
     """Which optimizer's state it holds; empty: none."""
     optimizer_state: Mapping[int, Mapping[str, Any]]
     """By parameter number; empty for SGD."""
+    learning_rate: float | None
+    """The base rate that the optimizer had; None: it holds no optimizer."""
     epoch: int
     """The epoch it was saved in, from 0."""
     iteration: int
@@ -76,6 +78,7 @@ def read_checkpoint(path: Path) -> ReferenceCheckpoint:
             weights=weights,
             optimizer=_optimizer_name(path, state, optimizer_content.get("param_groups", [])),
             optimizer_state=state,
+            learning_rate=_base_rate(optimizer_content.get("param_groups", [])),
             epoch=int(content["epoch"]),
             iteration=int(content["iter"]),
             epochs=int(content["nepochs"]),
@@ -143,7 +146,7 @@ def convert(
 def write_checkpoint(
     path: Path,
     model: DLRM,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     position: Position,
     numbers: Mapping[str, int | float],
 ) -> None:
@@ -152,7 +155,7 @@ def write_checkpoint(
     Args:
         path: The file; it appears complete or not at all.
         model: Its weights, on any device.
-        optimizer: Its state.
+        optimizer: Its state; None: there is none, as in a model that was never trained.
         position: How far training has come.
         numbers: What else the reference writes, by its names.
 
@@ -170,13 +173,17 @@ def write_checkpoint(
             )
     content = {
         **numbers,
-        # Copies: a table is a view of all of them, and a view is saved with all that it views.
+        # Copies: a table is a view of all of them, and a view is saved with all that it views. The
+        # reference knows float32 alone.
         "state_dict": OrderedDict(
-            (theirs[name], ours[name].detach().cpu().clone()) for name in theirs
+            (theirs[name], ours[name].detach().cpu().to(torch.float32, copy=True))
+            for name in theirs
         ),
         "epoch": position.epoch,
         "iter": position.step,
-        "opt_state_dict": _optimizer_content(optimizer, list(theirs), position.total_steps),
+        "opt_state_dict": (
+            _optimizer_content(optimizer, list(theirs), position.total_steps) if optimizer else {}
+        ),
     }
     with atomic_write(path) as file:
         try:
@@ -236,7 +243,7 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist. Check --load-model.") from error
+        raise UserError(f"{path} does not exist. Check the path.") from error
     except MemoryError:
         raise
     except Exception as error:  # a foreign file can fail in any way
@@ -278,6 +285,12 @@ def _optimizer_name(
             "Expected the reference's sgd, adagrad or rwsadagrad."
         )
     return "rowwise_adagrad" if "momentum" in kinds else "adagrad"
+
+
+def _base_rate(groups: Iterable[Mapping[str, Any]]) -> float | None:
+    for group in groups:
+        return float(group.get("initial_lr", group["lr"]))
+    return None
 
 
 def _refuse_other_shapes(

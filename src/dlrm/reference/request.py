@@ -70,13 +70,19 @@ class Request:
         dataset, run = str(self.dataset), str(self.run)
         verb = ["generate"] if self.source is None else ["prepare", str(self.source)]
         first = ["dlrm", *verb, dataset, *_options(self.prepare)]
-        if self.inference_only:
-            second = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
-            for field in ("device", "local_rank"):
-                second += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
-        else:
+        if not self.inference_only:
             second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
-        return [shlex.join(first), shlex.join(second)]
+            return [shlex.join(first), shlex.join(second)]
+        second = ["dlrm", "convert", str(self.load_model), run, "--data", dataset]
+        second += _options(self.train.loss)
+        if self.train.model.embedding_variant == "qr":
+            joined = self.train.model.qr_operation
+            second += _option("qr_operation", joined) if joined != "concat" else []
+        second += _option("max_ind_range", self.train.max_ind_range, 0)
+        third = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
+        for field in ("device", "local_rank"):
+            third += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
+        return [shlex.join(first), shlex.join(second), shlex.join(third)]
 
 
 def parse(arguments: Sequence[str]) -> Request:

@@ -8,16 +8,17 @@ import math
 from pathlib import Path
 
 from dlrm.checkpoint import save_checkpoint
-from dlrm.config import GenerateConfig, PrepareConfig, write_config
-from dlrm.data.dataset import Dataset, copy_description
+from dlrm.config import GenerateConfig, PrepareConfig
+from dlrm.data.dataset import Dataset
 from dlrm.data.generation import generate
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
 from dlrm.device import open_device
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
-from dlrm.files import environment_faults, link_or_copy, locked
+from dlrm.files import environment_faults
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
+from dlrm.reference.conversion import write_run
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
@@ -86,12 +87,15 @@ def _run(request: Request) -> None:
 
 def _announce(request: Request, device: str) -> None:
     say("# The same in our own commands:")
-    prepare_command, second_command = request.commands()
-    say(prepare_command)
-    if request.load_model:
-        target = request.run if request.inference_only else request.train.continue_from
-        say(f"# ({request.load_model} is converted to {target} here; no command does that)")
-    say(second_command)
+    *commands, last = request.commands()
+    for command in commands:
+        say(command)
+    if request.load_model and not request.inference_only:
+        say(
+            f"# ({request.load_model} is converted to {request.train.continue_from} here; dlrm "
+            "convert makes a RUN of it, with such a checkpoint)"
+        )
+    say(last)
     for note in request.notes:
         say(f"# note: {note}")
     say("Using CPU..." if device == "cpu" else f"Using {device}...")
@@ -141,11 +145,4 @@ def _import(loaded: ReferenceCheckpoint, request: Request, data: Dataset) -> Non
     say(f"Loading saved model {loaded.path}")
     config = dataclasses.replace(request.train, continue_from="")
     schema = data.schema.with_max_ind_range(config.max_ind_range)
-    imported = Run(request.run, schema, config, request.dataset)
-    converted = convert(loaded, schema, config.model)
-    with locked(request.run, "run"), environment_faults(f"write to {request.run}"):
-        (request.run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_checkpoint(imported.checkpoint("newest"), *converted)
-        link_or_copy(imported.checkpoint("newest"), imported.checkpoint("best"))
-        copy_description(request.dataset, request.run, schema)
-        write_config(request.run / "config.toml", config, request.dataset)
+    write_run(loaded, Run(request.run, schema, config, request.dataset))
