@@ -310,12 +310,12 @@ class Console(Events):
             start.train_rows,
             start.config.epochs,
             start.steps_per_epoch,
-            start.config.mini_batch_size,
+            start.config.step_rows,
         )
         logger.info("%s kernels: %s", start.kernels, start.kernels_reason)
         self._bar = tqdm(
-            total=steps * start.config.mini_batch_size,
-            initial=start.position.total_steps * start.config.mini_batch_size,
+            total=steps * start.config.step_rows,
+            initial=start.position.total_steps * start.config.step_rows,
             desc="train",
             unit=" samples",
             unit_scale=True,

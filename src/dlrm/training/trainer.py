@@ -101,10 +101,9 @@ class Trainer:
         self._saver: Saver | None = None
 
         self.train_rows = data.rows("train")
-        batches = math.ceil(self.train_rows / config.mini_batch_size)
-        if config.num_batches and config.num_batches < batches:
-            batches = config.num_batches
-            self.train_rows = batches * config.mini_batch_size
+        if config.num_batches:
+            self.train_rows = min(self.train_rows, config.num_batches * config.mini_batch_size)
+        batches = math.ceil(self.train_rows / config.step_rows)
         if batches == 0:
             raise UserError(f"{data.path} has no training rows. Prepare it from more rows.")
         self.steps_per_epoch = batches
@@ -136,7 +135,13 @@ class Trainer:
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
             )
         self.first_step = self.optimizer.steps = self.position.total_steps
-        self.step = choose_step(self.model, self.optimizer, config.loss, config.amp)
+        self.step = choose_step(
+            self.model,
+            self.optimizer,
+            config.loss,
+            config.amp,
+            part_rows=config.mini_batch_size if config.accumulate_batches > 1 else 0,
+        )
         if self.step.scaler and scaler_state:
             self.step.scaler.load_state_dict(scaler_state)
 
@@ -231,7 +236,7 @@ class Trainer:
         while self.position.epoch < self.config.epochs and not self.stopped:
             batches = self.data.batches(
                 "train",
-                self.config.mini_batch_size,
+                self.config.step_rows,
                 schema=self.run.schema,
                 first_batch=self.position.step,
                 num_batches=self.steps_per_epoch - self.position.step,
@@ -452,10 +457,11 @@ class Trainer:
                     f"{theirs}, and that of {self.data.path} is {ours}. Use the DATASET it was "
                     "trained on."
                 )
-        if info.mini_batch_size not in (0, self.config.mini_batch_size):
+        if info.mini_batch_size not in (0, self.config.step_rows):
             raise UserError(
-                f"{path} was saved with --mini-batch-size {info.mini_batch_size}, in which its "
-                f"position is counted; got {self.config.mini_batch_size}. Use the same."
+                f"{path} was saved with steps of {info.mini_batch_size} rows, in which its "
+                f"position is counted (--mini-batch-size times --accumulate-batches); got "
+                f"{self.config.step_rows}. Use the same."
             )
         load_weights(path, self.model, verified=verified)
         if info.optimizer:
@@ -464,7 +470,7 @@ class Trainer:
 
     def _diverged(self, loss: float, rate: float) -> UserError:
         """Return what to raise when the loss of the step just taken is not finite."""
-        position, size = self.position, self.config.mini_batch_size
+        position, size = self.position, self.config.step_rows
         first = (position.step - 1) * size
         name = first_not_finite(tensors_of(self.model, self.optimizer))
         return UserError(
@@ -587,7 +593,7 @@ class Trainer:
             self.run.schema.fingerprint,
             self.config.optimizer.optimizer,
             self.data.manifest.fingerprint,
-            self.config.mini_batch_size,
+            self.config.step_rows,
             self.step.scaler.state_dict() if self.step.scaler else None,
         )
         tensors = tensors_of(self.model, self.optimizer)
