@@ -100,7 +100,10 @@ def read_checkpoint(path: Path) -> ReferenceCheckpoint:
 
 
 def convert(
-    checkpoint: ReferenceCheckpoint, schema: FeatureSchema, model: ModelConfig
+    checkpoint: ReferenceCheckpoint,
+    schema: FeatureSchema,
+    model: ModelConfig,
+    accumulate_batches: int = 1,
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Return what ``save_checkpoint`` writes, of a ``.pt``.
 
@@ -108,12 +111,14 @@ def convert(
         checkpoint: The ``.pt``.
         schema: Of the run that is to continue from it.
         model: The architecture it must have.
+        accumulate_batches: Mini-batches, which a ``.pt`` counts, of a step, which we count.
 
     Returns:
         Weights and optimizer state by our names, and the position.
 
     Raises:
         UserError: It is of another architecture; the message names the first tensor that differs.
+            Or it was saved within a step.
     """
     blank = DLRM(schema, model, device=torch.device("meta"))
     shapes = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
@@ -134,11 +139,15 @@ def convert(
                         f"to have shape {shape}, got {getattr(value, 'shape', value)!r}."
                     )
                 tensors[f"optimizer.{name}.{ours}"] = value
-    position = Position(
-        checkpoint.epoch,
-        checkpoint.iteration,
-        checkpoint.epoch * checkpoint.batches + checkpoint.iteration,
+    if checkpoint.iteration % accumulate_batches and checkpoint.iteration != checkpoint.batches:
+        raise UserError(
+            f"{checkpoint.path} was saved after mini-batch {checkpoint.iteration}, within a step "
+            f"of {accumulate_batches}. Use the number of mini-batches that it was trained with."
+        )
+    steps, step = (
+        -(-batches // accumulate_batches) for batches in (checkpoint.batches, checkpoint.iteration)
     )
+    position = Position(checkpoint.epoch, step, checkpoint.epoch * steps + step)
     # It says nothing of the data it was trained on, so any DATASET of these shapes will do.
     return tensors, CheckpointInfo(position, model, "", checkpoint.optimizer)
 
@@ -157,7 +166,8 @@ def write_checkpoint(
         model: Its weights, on any device.
         optimizer: Its state; None: there is none, as in a model that was never trained.
         position: How far training has come.
-        numbers: What else the reference writes, by its names.
+        numbers: What else the reference writes, by its names; "iter" where it is not the
+            position's step.
 
     Raises:
         UserError: The reference has no such model.
@@ -172,6 +182,7 @@ def write_checkpoint(
                 "and these are not. Use --weighted-pooling learned."
             )
     content = {
+        "iter": position.step,
         **numbers,
         # Copies: a table is a view of all of them, and a view is saved with all that it views. The
         # reference knows float32 alone.
@@ -180,7 +191,6 @@ def write_checkpoint(
             for name in theirs
         ),
         "epoch": position.epoch,
-        "iter": position.step,
         "opt_state_dict": (
             _optimizer_content(optimizer, list(theirs), position.total_steps) if optimizer else {}
         ),

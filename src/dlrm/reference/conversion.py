@@ -187,6 +187,9 @@ def export_checkpoint(run: Path, target: Path, which: Which = "best") -> Convert
         # Without an AUC the reference has no such key.
         if value is not None and name != "format_version"
     }
+    if not (run / _NUMBERS).exists():
+        step = info.position.step * opened.config.accumulate_batches
+        content["iter"] = min(step, numbers.nbatches) if numbers.nbatches else step
     write_checkpoint(
         target,
         model,
@@ -341,7 +344,7 @@ def _numbers_of(run: Run, info: CheckpointInfo) -> _Numbers:
         test_batches = math.ceil(rows / config.evaluation_batch_size)
     return _Numbers(
         nepochs=config.epochs,
-        nbatches=starts[0]["steps_per_epoch"] if starts else 0,
+        nbatches=math.ceil(starts[0]["train_rows"] / config.mini_batch_size) if starts else 0,
         nbatches_test=test_batches,
         train_loss=losses[-1] if losses else 0.0,
         # 0 is what the reference begins with: the next test is the best.

@@ -19,10 +19,12 @@ from dlrm.evaluation import evaluate
 from dlrm.files import environment_faults
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
 from dlrm.reference.conversion import write_run
+from dlrm.reference.debug import ComputeGraph, DebugPrints
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
 from dlrm.training.begin import is_begun, refuse_taken, train_or_resume
+from dlrm.training.events import Events
 
 
 def run(request: Request) -> None:
@@ -66,7 +68,7 @@ def _run(request: Request) -> None:
     test_batches = math.ceil(data.rows("test") / request.train.evaluation_batch_size)
     log = ReferenceLog(request, test_batches, loaded)
     if loaded is None:
-        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
+        _train(request, data, log)
     elif request.inference_only:
         _import(loaded, request, data)
         announce_loaded(loaded, request.mlperf_logging)
@@ -119,6 +121,15 @@ def _make(request: Request, *, overwrite: bool = False) -> Dataset:
     return prepare(request.source, request.dataset, request.prepare, overwrite=overwrite)
 
 
+def _train(request: Request, data: Dataset, log: ReferenceLog) -> None:
+    listeners: list[Events] = [ProgressBar(), log]
+    if request.debug_mode:
+        listeners.append(DebugPrints(request, data))
+    if request.plot_compute_graph:
+        listeners.append(ComputeGraph(request.run / "graph.dot", data))
+    train_or_resume(request.dataset, request.run, request.train, listeners, profile=request.profile)
+
+
 def _continue(
     loaded: ReferenceCheckpoint, request: Request, data: Dataset, log: ReferenceLog
 ) -> None:
@@ -127,12 +138,14 @@ def _continue(
     try:
         if not is_begun(request.run, request.train):
             schema = data.schema.with_max_ind_range(request.train.max_ind_range)
-            converted = convert(loaded, schema, request.train.model)
+            converted = convert(
+                loaded, schema, request.train.model, request.train.accumulate_batches
+            )
             with environment_faults(f"write to {request.run}"):
                 request.run.mkdir(parents=True, exist_ok=True)
             save_checkpoint(initial, *converted)
         announce_loaded(loaded, request.mlperf_logging)
-        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
+        _train(request, data, log)
     finally:
         if not (request.run / "config.toml").exists():  # refused before it began
             initial.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def train(
     if not isinstance(config, TrainConfig):
         raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
     dataset, run = Path(dataset), Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
+    trace = trace_file(Path(profile), run) if profile is not None else None
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
     # Dropout draws from PyTorch's own generator, which is the caller's again afterwards.
@@ -108,7 +108,7 @@ def resume(
     """
     started = time.perf_counter()
     run = Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
+    trace = trace_file(Path(profile), run) if profile is not None else None
     config, place = read_run_config(run)
     with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
         if (run / "result.json").exists():
@@ -207,12 +207,17 @@ def _train(trainer: Trainer, listeners: Sequence[Events], trace: Path | None) ->
 
 
 def train_or_resume(
-    dataset: Path, run: Path, config: TrainConfig, listeners: Sequence[Events] = ()
+    dataset: Path,
+    run: Path,
+    config: TrainConfig,
+    listeners: Sequence[Events] = (),
+    *,
+    profile: Path | None = None,
 ) -> RunResult:
     """Train, or go on with just that, if it was begun and interrupted; see ``train``."""
     if is_begun(run, config):
-        return resume(run, dataset, listeners)
-    return train(dataset, run, config, listeners)
+        return resume(run, dataset, listeners, profile=profile)
+    return train(dataset, run, config, listeners, profile=profile)
 
 
 def is_begun(run: Path, config: TrainConfig) -> bool:

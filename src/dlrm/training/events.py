@@ -49,6 +49,8 @@ class Start:
     """Rows of an evaluation while training."""
     kernels: Literal["native", "plain"]
     kernels_reason: str
+    model: DLRM
+    """Moved by the steps that follow."""
     resumed: bool = False
     """Whether the run began before, and goes on."""
 

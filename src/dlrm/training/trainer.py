@@ -223,6 +223,7 @@ class Trainer:
             self._evaluation_rows(),
             self.step.kernels,
             self.step.reason,
+            self.model,
             resumed=self.progress is not None,
         )
         for listener in self.listeners:
