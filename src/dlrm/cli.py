@@ -26,6 +26,7 @@ from dlrm.config import (
     Amp,
     BaselineConfig,
     BenchTrainConfig,
+    ConvertConfig,
     DeviceKind,
     GenerateConfig,
     PrepareConfig,
@@ -603,6 +604,48 @@ class BenchTrain:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Turn the reference implementation's .pt into a RUN, or a RUN into such a .pt.
+
+    `dlrm convert MODEL.pt RUN --data DATASET` makes a RUN that dlrm evaluate and predict take,
+    and whose newest checkpoint dlrm train --continue-from goes on from; the architecture is
+    read off the file. `dlrm convert RUN MODEL.pt` writes a file that the reference's --load-model
+    reads. Both keep weights, optimizer state and position.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """What --save-model wrote; or a RUN."""
+    target: tyro.conf.Positional[Path]
+    """The RUN to make; or the .pt to write."""
+    options: Annotated[ConvertConfig, tyro.conf.arg(name="")]
+    data: Path | None = None
+    """Of a .pt, the DATASET of the rows that it was trained on, or the .npz that the reference
+    prepared of them."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """Of a RUN, which checkpoint: the best on validation, or the newest."""
+
+    def execute(self) -> None:
+        """Convert and print what there was."""
+        from dlrm.reference.conversion import export_checkpoint, import_checkpoint
+
+        if self.source.is_dir():
+            if self.data is not None or self.options != ConvertConfig():
+                raise UserError(
+                    f"{self.source} is a folder, so a RUN becomes a .pt, and a RUN tells of itself "
+                    "what --data, --qr-operation, --max-ind-range and the loss say. Leave them "
+                    "away."
+                )
+            _print_json(export_checkpoint(self.source, self.target, self.checkpoint))
+            return
+        if self.data is None:
+            raise UserError(
+                f"name the DATASET that {self.source} was trained on with --data, or the .npz "
+                "that the reference prepared: a .pt does not tell its features"
+            )
+        _print_json(import_checkpoint(self.source, self.target, self.data, self.options))
+
+
+@dataclass(frozen=True)
 class Reference:
     """Take the reference implementation's command line, verbatim."""
 
@@ -632,6 +675,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),
+    "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
 

@@ -227,6 +227,25 @@ def test_embedding_variants_end_as_if_they_had_not_been_killed(
     assert_equal(tmp_path / "run", expected)
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
+def test_accumulated_steps_end_as_if_they_had_not_been_killed(
+    warm: Warm, dataset: Path, tmp_path: Path, plain: bool
+) -> None:
+    config = replace(
+        CONFIG,
+        mini_batch_size=16,
+        accumulate_batches=4,
+        epochs=1,
+        num_batches=60,
+        **KINDS["adagrad"],
+    )
+    expected = whole(warm, tmp_path / "whole", dataset, config=config, plain=plain)
+    assert expected["result"]["train_steps"] == 15
+    begun = go_on_through(warm, tmp_path / "run", dataset, config, [6, 7], plain=plain)
+    assert begun == [4, 8]
+    assert_equal(tmp_path / "run", expected)
+
+
 def test_killed_after_every_step(warm: Warm, dataset: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1, num_batches=9, test_freq=4, save_every_steps=1)
     expected = whole(warm, tmp_path / "whole", dataset, config=config)

@@ -399,7 +399,7 @@ def test_a_position_belongs_to_its_order_and_batch_size(
 ) -> None:
     train(dataset, tmp_path / "part", replace(CONFIG, max_steps=4))
     config = replace(CONFIG, continue_from=str(tmp_path / "part/checkpoints/newest.safetensors"))
-    with pytest.raises(UserError, match=r"saved with --mini-batch-size 128.*; got 64"):
+    with pytest.raises(UserError, match=r"saved with steps of 128 rows.*; got 64"):
         train(dataset, tmp_path / "rest", replace(config, mini_batch_size=64))
     prepare(raw_rows, tmp_path / "unshuffled", PrepareConfig(shuffle="none"))
     with pytest.raises(UserError, match="another DATASET: the fingerprint of its rows and order"):

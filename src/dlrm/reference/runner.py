@@ -9,16 +9,18 @@ import math
 from pathlib import Path
 
 from dlrm.checkpoint import save_checkpoint
-from dlrm.config import GenerateConfig, PrepareConfig, write_config
-from dlrm.data.dataset import Dataset, copy_description
+from dlrm.config import GenerateConfig, PrepareConfig
+from dlrm.data.dataset import Dataset
 from dlrm.data.generation import generate
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
 from dlrm.device import open_device
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
-from dlrm.files import environment_faults, link_or_copy, locked
+from dlrm.files import environment_faults
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
+from dlrm.reference.conversion import write_run
+from dlrm.reference.debug import ComputeGraph, DebugPrints
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
@@ -28,6 +30,7 @@ from dlrm.training.begin import (
     refuse_taken_run,
     train_or_resume,
 )
+from dlrm.training.events import Events
 
 logger = logging.getLogger("dlrm")
 
@@ -73,7 +76,7 @@ def _run(request: Request) -> None:
     test_batches = math.ceil(data.rows("test") / request.train.evaluation_batch_size)
     log = ReferenceLog(request, test_batches, loaded)
     if loaded is None:
-        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
+        _train(request, data, log)
     elif request.inference_only:
         _import(loaded, request, data)
         announce_loaded(loaded, request.mlperf_logging)
@@ -96,12 +99,15 @@ def _run(request: Request) -> None:
 
 def _announce(request: Request, device: str) -> None:
     say("# The same in our own commands:")
-    prepare_command, second_command = request.commands()
-    say(prepare_command)
-    if request.load_model:
-        target = request.run if request.inference_only else request.train.continue_from
-        say(f"# ({request.load_model} is converted to {target} here; no command does that)")
-    say(second_command)
+    *commands, last = request.commands()
+    for command in commands:
+        say(command)
+    if request.load_model and not request.inference_only:
+        say(
+            f"# ({request.load_model} is converted to {request.train.continue_from} here; dlrm "
+            "convert makes a RUN of it, with such a checkpoint)"
+        )
+    say(last)
     for note in request.notes:
         say(f"# note: {note}")
     say("Using CPU..." if device == "cpu" else f"Using {device}...")
@@ -125,6 +131,15 @@ def _make(request: Request, *, overwrite: bool = False) -> Dataset:
     return prepare(request.source, request.dataset, request.prepare, overwrite=overwrite)
 
 
+def _train(request: Request, data: Dataset, log: ReferenceLog) -> None:
+    listeners: list[Events] = [ProgressBar(), log]
+    if request.debug_mode:
+        listeners.append(DebugPrints(request, data))
+    if request.plot_compute_graph:
+        listeners.append(ComputeGraph(request.run / "graph.dot", data))
+    train_or_resume(request.dataset, request.run, request.train, listeners, profile=request.profile)
+
+
 def _continue(
     loaded: ReferenceCheckpoint, request: Request, data: Dataset, log: ReferenceLog
 ) -> None:
@@ -134,12 +149,14 @@ def _continue(
         refuse_another_training(request.run, request.train)
         if not is_begun(request.run):
             schema = data.schema.with_max_ind_range(request.train.max_ind_range)
-            converted = convert(loaded, schema, request.train.model)
+            converted = convert(
+                loaded, schema, request.train.model, request.train.accumulate_batches
+            )
             with environment_faults(f"write to {request.run}"):
                 request.run.mkdir(parents=True, exist_ok=True)
             save_checkpoint(initial, *converted)
         announce_loaded(loaded, request.mlperf_logging)
-        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
+        _train(request, data, log)
     finally:
         if not (request.run / "config.toml").exists():  # refused before it began
             initial.unlink(missing_ok=True)
@@ -152,11 +169,4 @@ def _import(loaded: ReferenceCheckpoint, request: Request, data: Dataset) -> Non
     say(f"Loading saved model {loaded.path}")
     config = dataclasses.replace(request.train, continue_from="")
     schema = data.schema.with_max_ind_range(config.max_ind_range)
-    imported = Run(request.run, schema, config, request.dataset)
-    converted = convert(loaded, schema, config.model)
-    with locked(request.run, "run"), environment_faults(f"write to {request.run}"):
-        (request.run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_checkpoint(imported.checkpoint("newest"), *converted)
-        link_or_copy(imported.checkpoint("newest"), imported.checkpoint("best"))
-        copy_description(request.dataset, request.run, schema)
-        write_config(request.run / "config.toml", config, request.dataset)
+    write_run(loaded, Run(request.run, schema, config, request.dataset))

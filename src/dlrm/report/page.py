@@ -346,7 +346,7 @@ def _learning(run: AnyRun) -> list[Shown]:
         )
         points.append(Line(f"{split} log loss", held_back))
     unit = "nats" if loss != "mse" else "squared probability"
-    x_label = f"Step (of {run.config.mini_batch_size:,} rows)"
+    x_label = f"Step (of {run.config.step_rows:,} rows)"
     fell = f"from {train.y[0]:.4f} to {train.y[-1]:.4f}"
     drawing = draw_progress(
         "loss",

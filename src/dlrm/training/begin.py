@@ -60,7 +60,7 @@ def train(
     if not isinstance(config, TrainConfig):
         raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
     dataset, run = Path(dataset), Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
+    trace = trace_file(Path(profile), run) if profile is not None else None
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
     with _training(run):
@@ -98,7 +98,7 @@ def resume(
     """
     started = time.perf_counter()
     run = Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
+    trace = trace_file(Path(profile), run) if profile is not None else None
     config, place = read_run_config(run)
     with _training(run):
         if (run / "result.json").exists():
@@ -244,13 +244,18 @@ def way_on(run: Path, to_go_on: str) -> Iterator[None]:
 
 
 def train_or_resume(
-    dataset: Path, run: Path, config: TrainConfig, listeners: Sequence[Events] = ()
+    dataset: Path,
+    run: Path,
+    config: TrainConfig,
+    listeners: Sequence[Events] = (),
+    *,
+    profile: Path | None = None,
 ) -> RunResult:
     """Train, or go on with just that, if it was begun and interrupted; see ``train``."""
     refuse_another_training(run, config)
     if is_begun(run):
-        return resume(run, dataset, listeners)
-    return train(dataset, run, config, listeners)
+        return resume(run, dataset, listeners, profile=profile)
+    return train(dataset, run, config, listeners, profile=profile)
 
 
 def is_begun(run: Path) -> bool:

@@ -49,6 +49,8 @@ class Start:
     """Rows of an evaluation while training."""
     kernels: Literal["native", "plain"]
     kernels_reason: str
+    model: DLRM
+    """Moved by the steps that follow."""
     resumed: bool = False
     """Whether the run began before, and goes on."""
 
@@ -314,12 +316,12 @@ class Console(Events):
             _counted(start.train_rows, "row"),
             _counted(start.config.epochs, "epoch"),
             _counted(start.steps_per_epoch, "step"),
-            _counted(start.config.mini_batch_size, "row"),
+            _counted(start.config.step_rows, "row"),
         )
         logger.info("%s kernels: %s", start.kernels, start.kernels_reason)
         self._bar = tqdm(
-            total=steps * start.config.mini_batch_size,
-            initial=start.position.total_steps * start.config.mini_batch_size,
+            total=steps * start.config.step_rows,
+            initial=start.position.total_steps * start.config.step_rows,
             desc="train",
             unit=" samples",
             unit_scale=True,

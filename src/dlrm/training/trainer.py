@@ -113,10 +113,9 @@ class Trainer:
         self._saver: Saver | None = None
 
         self.train_rows = data.rows("train")
-        batches = math.ceil(self.train_rows / config.mini_batch_size)
-        if config.num_batches and config.num_batches < batches:
-            batches = config.num_batches
-            self.train_rows = batches * config.mini_batch_size
+        if config.num_batches:
+            self.train_rows = min(self.train_rows, config.num_batches * config.mini_batch_size)
+        batches = math.ceil(self.train_rows / config.step_rows)
         if batches == 0:
             raise UserError(f"{data.path} has no training rows. Prepare it from more rows.")
         self.steps_per_epoch = batches
@@ -148,7 +147,13 @@ class Trainer:
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
             )
         self.first_step = self.optimizer.steps = self.position.total_steps
-        self.step = choose_step(self.model, self.optimizer, config.loss, config.amp)
+        self.step = choose_step(
+            self.model,
+            self.optimizer,
+            config.loss,
+            config.amp,
+            part_rows=config.mini_batch_size if config.accumulate_batches > 1 else 0,
+        )
         if self.step.scaler and scaler_state:
             self.step.scaler.load_state_dict(scaler_state)
 
@@ -228,6 +233,7 @@ class Trainer:
             self._evaluation_rows(),
             self.step.kernels,
             self.step.reason,
+            self.model,
             resumed=self.progress is not None,
         )
         for listener in self.listeners:
@@ -241,7 +247,7 @@ class Trainer:
         while self.position.epoch < self.config.epochs and not self.stopped:
             batches = self.data.batches(
                 "train",
-                self.config.mini_batch_size,
+                self.config.step_rows,
                 schema=self.run.schema,
                 first_batch=self.position.step,
                 num_batches=self.steps_per_epoch - self.position.step,
@@ -281,8 +287,8 @@ class Trainer:
                 loss = self.step(batch.to(self.device), rate)
             self._look_at_saver()
             if watched and not math.isfinite(loss.item()):
-                first = (position.step - 1) * config.mini_batch_size
-                last_row = min(first + config.mini_batch_size, self.train_rows) - 1
+                first = (position.step - 1) * config.step_rows
+                last_row = min(first + config.step_rows, self.train_rows) - 1
                 raise self._diverged(
                     loss.item(),
                     f"at step {position.step} of epoch {position.epoch}, whose batch is rows "
@@ -477,10 +483,11 @@ class Trainer:
                     f"{theirs}, and that of {self.data.path} is {ours}. Use the DATASET it was "
                     "trained on."
                 )
-        if info.mini_batch_size not in (0, self.config.mini_batch_size):
+        if info.mini_batch_size not in (0, self.config.step_rows):
             raise UserError(
-                f"{path} was saved with --mini-batch-size {info.mini_batch_size}, in which its "
-                f"position is counted; got {self.config.mini_batch_size}. Use the same."
+                f"{path} was saved with steps of {info.mini_batch_size} rows, in which its "
+                f"position is counted (--mini-batch-size times --accumulate-batches); got "
+                f"{self.config.step_rows}. Use the same."
             )
         load_weights(path, self.model, verified=verified)
         if info.optimizer:
@@ -620,7 +627,7 @@ class Trainer:
             self.run.schema.fingerprint,
             self.config.optimizer.optimizer,
             self.data.manifest.fingerprint,
-            self.config.mini_batch_size,
+            self.config.step_rows,
             self.step.scaler.state_dict() if self.step.scaler else None,
         )
         tensors = tensors_of(self.model, self.optimizer)
