@@ -86,6 +86,42 @@ def test_covariances_are_those_of_the_definitions(
         assert metrics.log_loss == pytest.approx(log_loss(labels, model), abs=1e-6)
 
 
+def test_minus_zero_is_zero(tmp_path: Path) -> None:
+    labels, (one, other) = made_up(2, 300)
+    one, other = one.round(1), other.round(1)
+    minus = np.where(one == 0, -0.0, one)
+    assert np.signbit(minus).any()
+    runs = [
+        store(tmp_path / str(at), labels, model) for at, model in enumerate((one, other, minus))
+    ]
+    first = compare_rows(opened(runs[:2]))
+    second = compare_rows(opened([runs[2], runs[1]]))
+    np.testing.assert_array_equal(first.auc_covariance, second.auc_covariance)
+
+
+def test_a_row_whose_label_differs_is_told_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired, "_ROWS", 70)
+    labels, (model,) = made_up(1, 300)
+    changed = labels.copy()
+    changed[250] = ~changed[250]
+    runs = [store(tmp_path / "a", labels, model), store(tmp_path / "b", changed, model)]
+    with pytest.raises(UserError, match="the labels of row 250 differ"):
+        compare(runs)
+
+
+def test_what_lies_where_a_run_describes_itself_is_refused_if_it_is_a_folder(
+    tmp_path: Path,
+) -> None:
+    labels, (model,) = made_up(1, 30)
+    runs = [store(tmp_path / name, labels, model) for name in "ab"]
+    for name in ("log.jsonl", "config.toml"):
+        (runs[0] / name).mkdir()
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            compare(runs)
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), min_size=1))
 def test_any_rows_have_an_answer(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bool, int, int]]

@@ -147,7 +147,7 @@ def test_what_cannot_be_judged_is_refused(events: list[Any], message: str, tmp_p
     "line",
     ["{", "[]", "{}", '{"time_ms": "x", "key": "a", "value": 1, "metadata": {}}',
      '{"time_ms": 1, "key": "a", "value": 1, "metadata": null}',
-     '{"time_ms": 1, "key": 1, "value": 1, "metadata": {}}'],
+     '{"time_ms": 1, "key": 1, "value": 1, "metadata": {}}', "[" * 100_000],
 )  # fmt: skip
 def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     log = write(tmp_path / "log", RIGHT)

@@ -120,3 +120,18 @@ def test_a_file_cut_short_is_damaged(tmp_path: Path) -> None:
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
             Predictions.open(path, "test").arrays()
+
+
+def test_any_byte_changed_gives_an_answer_or_a_refusal(tmp_path: Path) -> None:
+    """Among them names and metadata that are no UTF-8."""
+    path = tmp_path / "test.arrow"
+    write(path, *made_up(10), cuts=[])
+    content = path.read_bytes()
+    refused = 0
+    for at in range(0, len(content), 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1 :])
+        try:
+            Predictions.open(path, "test").arrays()
+        except UserError:
+            refused += 1
+    assert refused > 10

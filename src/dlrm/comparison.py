@@ -344,7 +344,7 @@ def _configuration(run: Path) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}. Correct it.") from error
     return dict(_flat(content, ""))
 
@@ -430,6 +430,8 @@ def _reported(path: Path) -> dict[int, float]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"{path} is damaged: {error}. Correct it.") from error
     found = {}
     for number, line in enumerate(lines, 1):
         try:

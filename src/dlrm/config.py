@@ -284,7 +284,10 @@ class TableConfig:
                     or getattr(self, name, None) == getattr(TableConfig, name, None),
                     f"{at}: {name} goes with variant={variant}; got variant={self.variant}",
                 )
-        require(self.qr_collisions >= 1, f"{at}: qr_collisions must be at least 1")
+        require(
+            1 <= self.qr_collisions < 2**31,
+            f"{at}: qr_collisions must be in 1 … 2**31-1; got {self.qr_collisions}",
+        )
         require(
             self.variant != "md" or self.md_dim >= 1,
             f"{at}: variant=md needs md_dim, the length of its vectors; got {self.md_dim}",
@@ -384,7 +387,8 @@ class ModelConfig:
         for name, least in (("qr_threshold", 0), ("md_threshold", 0), ("qr_collisions", 1)):
             value = getattr(self, name)
             require(
-                value >= least, f"--{name.replace('_', '-')} must be at least {least}; got {value}"
+                least <= value < 2**31,
+                f"--{name.replace('_', '-')} must be in {least} … 2**31-1; got {value}",
             )
         require(
             0 <= self.md_temperature < float("inf"),
@@ -511,6 +515,11 @@ class TrackingConfig:
         require(
             self.tensorboard or not self.tensorboard_projector,
             "--tensorboard-projector goes with --tensorboard",
+        )
+        require(
+            self.mlperf_logging
+            or not (self.mlperf_submission_org or self.mlperf_submission_platform),
+            "--mlperf-submission-org and -platform go with --mlperf-logging",
         )
         require(
             self.tensorboard_projector_rows >= 1,
@@ -721,10 +730,13 @@ class BaselineConfig:
         """Refuse values that mean nothing, and options of the other model."""
         _require_types(self)
         require(
-            0 <= self.learning_rate < float("inf"),
-            f"--learning-rate must not be negative; got {self.learning_rate}",
+            0 <= self.learning_rate <= 1e6,
+            f"--learning-rate must be in 0 … 1e6; got {self.learning_rate}",
         )
-        require(self.max_rows >= 0, f"--max-rows must not be negative; got {self.max_rows}")
+        require(
+            self.max_rows == 0 or self.max_rows >= 2,
+            f"--max-rows must be 0 (all) or at least 2; got {self.max_rows}",
+        )
         require(0 <= self.seed < 2**31, f"--seed must be in 0 … 2**31-1; got {self.seed}")
         require(0 <= self.l2 < float("inf"), f"--l2 must not be negative; got {self.l2}")
         for name, least in (("passes", 1), ("trees", 1), ("patience", 1), ("num_leaves", 2)):
@@ -732,6 +744,10 @@ class BaselineConfig:
             require(
                 value >= least, f"--{name.replace('_', '-')} must be at least {least}; got {value}"
             )
+        require(
+            self.num_leaves <= 2**17,
+            f"--num-leaves must be at most {2**17}; got {self.num_leaves}",
+        )
         require(
             0 <= self.max_categories <= 2**15,
             f"--max-categories must be in 0 … {2**15}; got {self.max_categories}",

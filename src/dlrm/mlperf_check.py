@@ -139,7 +139,7 @@ def _read(log: Path) -> list[_Event]:
             key, value, metadata = event["key"], event["value"], event["metadata"]
             if not isinstance(key, str) or not isinstance(metadata, dict):
                 raise TypeError("key must be a string, and metadata an object")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{log}, line {number}: expected {_TOKEN} and a JSON object with time_ms, key, "
                 f"value and metadata; got {line[:200]!r} ({error}). It was cut off or changed."

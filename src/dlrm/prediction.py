@@ -155,7 +155,8 @@ def load(
     if not run.checkpoint(checkpoint).exists():  # before the vocabularies are read
         raise UserError(
             f"{path} has no checkpoint {checkpoint!r}: the run was interrupted before its first "
-            "evaluation, or the name is not one of best and newest."
+            "evaluation (`dlrm train --resume` goes on with it; what was saved since is called "
+            "newest), or the name is not one of best and newest."
         )
     encoder = Encoder.open(run.path, run.schema) if run.schema.encodes_values else None
     model = run.load_model(checkpoint, open_device(device, local_rank))

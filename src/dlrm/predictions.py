@@ -208,7 +208,7 @@ def _reading(path: Path) -> Iterator[Any]:
             f"there are no predictions at {path}. A run that ends writes them for validation and "
             "test; one that was interrupted goes on with `dlrm train --resume RUN`."
         ) from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise _damaged(path, str(error)) from error
 
 

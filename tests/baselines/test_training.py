@@ -3,6 +3,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ def test_options_of_the_other_model_are_refused() -> None:
         name = option.replace("_", "-")
         with pytest.raises(UserError, match=f"--{name} goes with --model"):
             replace(SMALL[model], **{option: value})
-    with pytest.raises(UserError, match="--learning-rate must not be negative"):
+    with pytest.raises(UserError, match="--learning-rate must be in 0 … 1e6; got -1"):
         BaselineConfig(learning_rate=-1)
     with pytest.raises(UserError, match="--num-leaves must be at least 2"):
         BaselineConfig(num_leaves=1)
@@ -221,3 +222,16 @@ def test_a_config_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="kind must be 'dlrm' or 'baseline'; got 'forest'"):
         open_run(tmp_path)
     assert TrainConfig() != BaselineConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rows": 1}, "--max-rows must be 0 .all. or at least 2; got 1"),
+        ({"num_leaves": 2**17 + 1}, "--num-leaves must be at most 131072; got 131073"),
+        ({"learning_rate": 1e300}, "--learning-rate must be in 0 … 1e6; got 1e.300"),
+    ],
+)
+def test_what_the_libraries_do_not_take_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BaselineConfig(model="lightgbm", **options)

@@ -386,8 +386,9 @@ def test_a_feature_that_there_is_not_is_refused() -> None:
         ({"qr_operation": "add"}, "--qr-operation goes with --embedding-variant qr; got .* full"),
         ({"md_round_dims": True}, "--md-round-dims goes with --embedding-variant md"),
         ({"embedding_variant": "qr", "md_threshold": 3}, "--md-threshold goes with .* got .* qr"),
-        ({"embedding_variant": "qr", "qr_collisions": 0}, "--qr-collisions must be at least 1"),
-        ({"embedding_variant": "qr", "qr_threshold": -1}, "--qr-threshold must be at least 0"),
+        ({"embedding_variant": "qr", "qr_collisions": 0}, "--qr-collisions must be in 1 … 2"),
+        ({"embedding_variant": "qr", "qr_collisions": 2**31}, "--qr-collisions must be in 1 … 2"),
+        ({"embedding_variant": "qr", "qr_threshold": -1}, "--qr-threshold must be in 0"),
         ({"embedding_variant": "md", "md_temperature": -1.0}, "--md-temperature must not be"),
         (
             {"embedding_variant": "qr", "weighted_pooling": "learned"},
@@ -422,7 +423,7 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
         ("a,variant=md", "--tables a: variant=md needs md_dim, the length of its vectors; got 0"),
         ("a,md_dim=3", "--tables a: md_dim goes with variant=md; got variant=full"),
         ("a,qr_collisions=3", "--tables a: qr_collisions goes with variant=qr"),
-        ("a,variant=qr,qr_collisions=0", "--tables a: qr_collisions must be at least 1"),
+        ("a,variant=qr,qr_collisions=0", "--tables a: qr_collisions must be in 1 … 2"),
         ("a,variant=qr,weighted_pooling=learned", "--tables a: weighted_pooling does not go with"),
     ],
 )
@@ -507,3 +508,8 @@ def test_the_model_can_be_exported() -> None:
     arguments = (batch.dense_features, batch.sparse_features, batch.offsets)
     exported = torch.export.export(Exported(model).eval(), arguments).module()
     torch.testing.assert_close(exported(*arguments), model(batch))
+
+
+def test_any_temperature_gives_lengths() -> None:
+    """The reference's float32 ends at infinity times 0."""
+    assert mixed_dimensions([1000, 2000, 10**7], 16, 1000.0, round_dims=False) == [16, 1, 1]

@@ -499,7 +499,7 @@ def test_embedding_variants(flags: str, expected: dict[str, Any]) -> None:
             "--qr-flag --weighted-pooling=fixed",
             "--weighted-pooling fixed does not go with --embedding-variant qr",
         ),
-        ("--qr-flag --qr-collisions=0", "--qr-collisions must be at least 1; got 0"),
+        ("--qr-flag --qr-collisions=0", "--qr-collisions must be in 1 … 2**31-1; got 0"),
         (
             "--qr-flag --qr-operation=concat",
             "got 16 and 32. Here --embedding-dim is set by --arch-sparse-feature-size",

@@ -184,6 +184,17 @@ def test_a_split_of_one_label_has_no_curves(runs: Path, tmp_path: Path) -> None:
     assert "ROC curve, test" not in shown
 
 
+def test_a_page_replaces_pages_alone(runs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "config.toml"
+    other.write_text("precious = true")
+    with pytest.raises(UserError, match=r"config\.toml is there already, and is no HTML page"):
+        write_report(runs / "dlrm", other)
+    assert other.read_text() == "precious = true"
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html>old")
+    assert "old" not in write_report(runs / "dlrm", page, importance_rows=0).read_text()[:30]
+
+
 def test_a_run_that_has_not_ended_is_refused(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "dlrm", tmp_path / "run")
     (run / "result.json").unlink()

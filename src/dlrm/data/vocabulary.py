@@ -151,8 +151,8 @@ class Encoder:
         if without:
             raise UserError(
                 f"{folder} cannot encode raw rows: it has no vocabulary for {', '.join(without)}, "
-                "because its rows were prepared by another program. Prepare and train from raw "
-                "rows to predict raw rows."
+                "because its rows were made up or prepared by another program. Prepare and train "
+                "from raw rows to predict raw rows."
             )
         vocabularies: list[Vocabulary | None] = []
         for feature in schema.sparse:

@@ -81,6 +81,10 @@ def mixed_dimensions(
     rows = torch.tensor(num_embeddings, dtype=torch.float32)
     scale = embedding_dim * rows.min().clamp(min=1) ** temperature
     lengths = (scale * rows.clamp(min=1) ** -temperature).clamp(1, embedding_dim).round()
+    # Where a power is beyond float32, which the reference does not survive.
+    shares = (rows.min().clamp(min=1) / rows.clamp(min=1)).double() ** temperature
+    exact = (embedding_dim * shares).clamp(1, embedding_dim).round().float()
+    lengths = torch.where(lengths.isnan(), exact, lengths)
     if round_dims:
         lengths = (2 ** lengths.log2().round()).clamp(max=embedding_dim)
     return [int(length) for length in lengths]

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from dlrm.errors import UserError
+from dlrm.files import environment_faults
 from dlrm.report.figures import Drawing
 from dlrm.version import __version__
 
@@ -50,11 +51,16 @@ def output_path(output: Path | str | None, default: Path) -> Path:
     """Return where a page goes.
 
     Raises:
-        UserError: Its folder does not exist.
+        UserError: Its folder does not exist, or a file is there that is no page.
     """
     path = Path(output) if output else default
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path.parent} is not a folder, so {path} cannot be written. Make it.")
+    if path.exists():
+        with environment_faults(f"read {path}"), open(path, "rb") as file:
+            is_page = file.read(64).lower().startswith(b"<!doctype html")
+        if not is_page:
+            raise UserError(f"{path} is there already, and is no HTML page. Name another file.")
     return path
 
 

@@ -283,7 +283,12 @@ def _metrics_table(result: RunResult) -> Table:
         cells = (f"{rounded(low)} to {rounded(high)}" for low, high in intervals)
         rows.append((f"{text}, 95% interval", *cells))
     rows.append(("rows", *(f"{result.metrics[split].samples:,}" for split in splits)))
-    rows.append(("ids never seen in training", *(f"{result.unknown_ids[s]:,}" for s in splits)))
+    rows.append(
+        (
+            "values without an id (not in the vocabulary)",
+            *(f"{result.unknown_ids[s]:,}" for s in splits),
+        )
+    )
     return Table(("metric", *splits), tuple(rows))
 
 
