@@ -89,7 +89,7 @@ class SynthesizeConfig:
     rows: int = 500_000
     """Rows of train.txt."""
     test_rows: int = 50_000
-    """Rows of test.txt, which has no labels."""
+    """Rows of test.txt, which has no labels; 0: it is not written."""
     scale: float = 0.01
     """Cardinality of the sparse features: 1 gives Kaggle's (33.8 million values), 0.01 a
     hundredth."""

@@ -54,7 +54,7 @@ from dlrm.reference.checkpoint import (
 )
 from dlrm.runs import Run, Which
 from dlrm.schema import FeatureSchema, write_schema
-from dlrm.training.begin import refuse_taken
+from dlrm.training.begin import refuse_taken_run
 from dlrm.training.optimizer import Optimizer
 
 _NUMBERS = "pt.json"
@@ -105,7 +105,7 @@ def import_checkpoint(
             option is missing.
         EnvironmentFaultError: The disk is full or read-only.
     """
-    refuse_taken(run)
+    refuse_taken_run(run)
     config = config or ConvertConfig()
     loaded = read_checkpoint(source)
     schema, dataset = _features(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from pathlib import Path
 
@@ -23,8 +24,15 @@ from dlrm.reference.debug import ComputeGraph, DebugPrints
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
-from dlrm.training.begin import is_begun, refuse_taken, train_or_resume
+from dlrm.training.begin import (
+    is_begun,
+    refuse_another_training,
+    refuse_taken_run,
+    train_or_resume,
+)
 from dlrm.training.events import Events
+
+logger = logging.getLogger("dlrm")
 
 
 def run(request: Request) -> None:
@@ -43,9 +51,9 @@ def run(request: Request) -> None:
 def _run(request: Request) -> None:
     # What can be refused is refused before the long work starts.
     if request.inference_only:
-        refuse_taken(request.run)
+        refuse_taken_run(request.run)
     else:
-        is_begun(request.run, request.train)
+        refuse_another_training(request.run, request.train)
     if isinstance(request.prepare, PrepareConfig):
         assert request.source
         find_source(request.source, request.prepare)
@@ -85,6 +93,8 @@ def _run(request: Request) -> None:
         log.report_test(result.metrics)
     else:
         _continue(loaded, request, data, log)
+    # Not among the reference's lines on standard output, which others parse.
+    logger.info("the run is in %s", request.run)
 
 
 def _announce(request: Request, device: str) -> None:
@@ -136,7 +146,8 @@ def _continue(
     say(f"Loading saved model {loaded.path}")
     initial = Path(request.train.continue_from)
     try:
-        if not is_begun(request.run, request.train):
+        refuse_another_training(request.run, request.train)
+        if not is_begun(request.run):
             schema = data.schema.with_max_ind_range(request.train.max_ind_range)
             converted = convert(
                 loaded, schema, request.train.model, request.train.accumulate_batches

@@ -296,6 +296,10 @@ def logged(path: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("event") == event]
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class Console(Events):
     """A progress bar on a terminal, and a message for every report and evaluation."""
 
@@ -308,11 +312,11 @@ class Console(Events):
         if start.config.max_steps:
             steps = min(steps, start.config.max_steps)
         logger.info(
-            "training on %d rows: %d epochs of %d steps of %d rows",
-            start.train_rows,
-            start.config.epochs,
-            start.steps_per_epoch,
-            start.config.step_rows,
+            "training on %s: %s of %s of %s",
+            _counted(start.train_rows, "row"),
+            _counted(start.config.epochs, "epoch"),
+            _counted(start.steps_per_epoch, "step"),
+            _counted(start.config.step_rows, "row"),
         )
         logger.info("%s kernels: %s", start.kernels, start.kernels_reason)
         self._bar = tqdm(
