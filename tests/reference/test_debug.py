@@ -7,9 +7,12 @@ import re
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dlrm.data.dataset import Dataset
+from dlrm.errors import UserError
+from dlrm.reference.conversion import export_checkpoint
 from dlrm.runs import Run
 
 DEBUG = ["--debug-mode", "--step=2", "--arch-mlp-top=8-1", "--arch-sparse-feature-size=4"]
@@ -129,3 +132,19 @@ def test_accumulated_mini_batches_are_counted_as_the_references(run: Any) -> Non
     rest = [line for line in run(*flags, f"--load-model={saved}") if line.startswith("Finished")]
     assert [line.split()[3] for line in whole] == ["4/18", "8/18", "12/18", "16/18", "18/18"]
     assert rest == whole[2:]
+
+
+def test_a_pt_counts_mini_batches_and_a_step_is_several(run: Any) -> None:
+    saved, written = run.folder / "saved.pt", run.folder / "written.pt"
+    flags = ["--mlperf-logging", "--mlperf-grad-accum-iter=4", "--test-freq=100"]
+    run(*flags, f"--save-model={saved}")
+    export_checkpoint(run.run_path, written, "newest")
+    expected, found = (torch.load(path, weights_only=True) for path in (saved, written))
+    for name in ("epoch", "iter", "nbatches", "nbatches_test", "train_loss", "test_auc"):
+        assert found[name] == expected[name], name
+    assert (found["iter"], found["nbatches"]) == (18, 18)  # 5 steps, the last of 2
+    # Whole steps of 5 mini-batches never end at 8 of 18.
+    found["iter"] = 8
+    torch.save(found, written)
+    with pytest.raises(UserError, match="after mini-batch 8, within a step of 5"):
+        run("--mlperf-logging", "--mlperf-grad-accum-iter=5", f"--load-model={written}")
