@@ -15,20 +15,75 @@ int64_t pairs_of(int64_t vectors, bool itself) {
   return itself ? vectors * (vectors + 1) / 2 : vectors * (vectors - 1) / 2;
 }
 
+// Two tables of a feature give its vector together: `count` pairs of a feature's table and one
+// behind all features', joined as a product or a sum.
+struct Combined {
+  int64_t features;
+  int64_t count = 0;
+  const int64_t* pairs = nullptr;  // (count, 2): the feature; 1: multiply, 0: add
+
+  int64_t feature(int64_t i) const { return pairs[2 * i]; }
+  bool multiplies(int64_t i) const { return pairs[2 * i + 1] != 0; }
+};
+
+Combined combined_of(const std::optional<at::Tensor>& combined, int64_t tables) {
+  if (!combined) return {tables};
+  const int64_t count = combined->size(0);
+  TORCH_CHECK(count <= tables, "dlrm: more vectors are combined than there are tables");
+  check_tensor(*combined, at::kLong, {count, 2}, "combined");
+  const Combined made{tables - count, count, combined->const_data_ptr<int64_t>()};
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK(0 <= made.feature(i) && made.feature(i) < made.features,
+                "dlrm: a combined feature is out of range");
+  }
+  return made;
+}
+
+// Of a panel's vectors, each of `size` elements: the dense one, each table's, and then room for each
+// combined feature's own, which the backward pass needs. Joins pair i.
+void combine(float* vectors, const Combined& pair, int64_t i, int64_t size) {
+  float* own = vectors + (1 + pair.feature(i)) * size;
+  const float* other = vectors + (1 + pair.features + i) * size;
+  std::memcpy(vectors + (1 + pair.features + pair.count + i) * size, own, sizeof(float) * size);
+  const bool multiplies = pair.multiplies(i);
+  for (int64_t k = 0; k < size; ++k) own[k] = multiplies ? own[k] * other[k] : own[k] + other[k];
+}
+
+// The gradients of the vectors before pair i was joined, of which the feature's is that of both.
+void combine_backward(const float* vectors, const Combined& pair, int64_t i, int64_t size,
+                      float* gradients) {
+  float* own = gradients + (1 + pair.feature(i)) * size;
+  float* other = gradients + (1 + pair.features + i) * size;
+  if (!pair.multiplies(i)) {
+    std::memcpy(other, own, sizeof(float) * size);
+    return;
+  }
+  const float* factor = vectors + (1 + pair.features + i) * size;
+  const float* before = vectors + (1 + pair.features + pair.count + i) * size;
+  for (int64_t k = 0; k < size; ++k) {
+    other[k] = own[k] * before[k];
+    own[k] *= factor[k];
+  }
+}
+
 }  // namespace
 
 void embed_interact(const at::Tensor& dense_vector, const at::Tensor& arena,
                     const at::Tensor& first_rows, const at::Tensor& ids,
                     const std::optional<at::Tensor>& offsets,
-                    const std::optional<at::Tensor>& weights, int64_t rows, bool itself,
+                    const std::optional<at::Tensor>& weights,
+                    const std::optional<at::Tensor>& combined, int64_t rows, bool itself,
                     at::Tensor& vectors, const std::optional<at::Tensor>& interactions) {
   const Kernels& kernel = kernels();
   const Bags bags = bags_of(ids, offsets, weights, first_rows, rows);
+  const Combined pair = combined_of(combined, bags.features);
   const int64_t dim = arena.size(1), width = kernel.panel, panels = panels_of(rows);
-  const int64_t count = bags.features + 1, pairs = pairs_of(count, itself);
+  const int64_t count = pair.features + 1, pairs = pairs_of(count, itself);
+  const int64_t slots = 1 + bags.features + pair.count;
+  TORCH_CHECK(!pair.count || interactions, "dlrm: combined vectors need interactions");
   const float* table = read(arena, {arena.size(0), dim}, "arena");
   const float* dense = read(dense_vector, {panels, dim, width}, "dense_vector");
-  float* vector = write(vectors, {panels, count * dim, width}, "vectors");
+  float* vector = write(vectors, {panels, slots * dim, width}, "vectors");
   float* product = nullptr;
   if (interactions) product = write(*interactions, {panels, dim + pairs, width}, "interactions");
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
@@ -38,11 +93,12 @@ void embed_interact(const at::Tensor& dense_vector, const at::Tensor& arena,
     kernel.prefetch(bags, table, dim, begin * width, in_panel(begin));
     for (int64_t p = begin; p < end; ++p) {
       if (p + 1 < end) kernel.prefetch(bags, table, dim, (p + 1) * width, in_panel(p + 1));
-      float* to = vector + p * count * dim * width;
+      float* to = vector + p * slots * dim * width;
       const size_t dense_bytes = sizeof(float) * dim * width;
       std::memcpy(to, dense + p * dim * width, dense_bytes);
       kernel.gather(bags, table, dim, p * width, in_panel(p), to + dim * width, pooled.data());
       if (!product) continue;
+      for (int64_t i = 0; i < pair.count; ++i) combine(to, pair, i, dim * width);
       float* out = product + p * (dim + pairs) * width;
       std::memcpy(out, to, dense_bytes);
       kernel.interact(to, count, dim, itself, out + dim * width);
@@ -53,23 +109,27 @@ void embed_interact(const at::Tensor& dense_vector, const at::Tensor& arena,
 namespace {
 
 void embed_interact_backward(const at::Tensor& vectors, const at::Tensor& gradient, int64_t rows,
-                             int64_t features, bool dot, bool itself, int64_t first_row,
-                             at::Tensor& dense_gradient, at::Tensor& bag_gradients) {
+                             int64_t tables, const std::optional<at::Tensor>& combined, bool dot,
+                             bool itself, int64_t first_row, at::Tensor& dense_gradient,
+                             at::Tensor& bag_gradients) {
   const Kernels& kernel = kernels();
-  const int64_t width = kernel.panel, panels = panels_of(rows), count = features + 1;
-  const int64_t dim = vectors.size(1) / count, pairs = pairs_of(count, itself);
+  const Combined pair = combined_of(combined, tables);
+  TORCH_CHECK(!pair.count || dot, "dlrm: combined vectors need interactions");
+  const int64_t width = kernel.panel, panels = panels_of(rows), count = pair.features + 1;
+  const int64_t slots = 1 + tables + pair.count;
+  const int64_t dim = vectors.size(1) / slots, pairs = pairs_of(count, itself);
   const int64_t in_width = dot ? dim + pairs : count * dim;
   const int64_t stride = bag_gradients.size(1);  // rows of the whole batch
   TORCH_CHECK(first_row + rows <= stride, "dlrm: bag_gradients is too short");
-  const float* vector = read(vectors, {panels, count * dim, width}, "vectors");
+  const float* vector = read(vectors, {panels, slots * dim, width}, "vectors");
   const float* from = read(gradient, {panels, in_width, width}, "gradient");
   float* dense = write(dense_gradient, {panels, dim, width}, "dense_gradient");
-  float* bag = write(bag_gradients, {features, stride, dim}, "bag_gradients");
+  float* bag = write(bag_gradients, {tables, stride, dim}, "bag_gradients");
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> scratch;
-    scratch.resize(count * dim * width);
+    scratch.resize((1 + tables) * dim * width);
     for (int64_t p = begin; p < end; ++p) {
-      const float* mine = vector + p * count * dim * width;
+      const float* mine = vector + p * slots * dim * width;
       const float* out = from + p * in_width * width;
       const float* each = out;  // "cat": the gradients of the vectors are there already
       float* to = dense + p * dim * width;
@@ -77,6 +137,9 @@ void embed_interact_backward(const at::Tensor& vectors, const at::Tensor& gradie
         kernel.interact_backward(mine, out + dim * width, count, dim, itself, scratch.data());
         each = scratch.data();
         for (int64_t i = 0; i < dim * width; ++i) to[i] = each[i] + out[i];
+        for (int64_t i = 0; i < pair.count; ++i) {
+          combine_backward(mine, pair, i, dim * width, scratch.data());
+        }
       } else {
         std::memcpy(to, out, sizeof(float) * dim * width);
       }
@@ -85,7 +148,7 @@ void embed_interact_backward(const at::Tensor& vectors, const at::Tensor& gradie
         if (mine[i] <= 0) to[i] = 0;
       }
       const int64_t lanes = std::min(width, rows - p * width);
-      for (int64_t f = 0; f < features; ++f) {
+      for (int64_t f = 0; f < tables; ++f) {
         kernel.to_rows(each + (f + 1) * dim * width, dim, lanes,
                        bag + (f * stride + first_row + p * width) * dim);
       }
@@ -187,11 +250,11 @@ void tables_update(const at::Tensor& bag_gradients, const at::Tensor& first_rows
 TORCH_LIBRARY_FRAGMENT(dlrm, library) {
   library.def(
       "embed_interact(Tensor dense_vector, Tensor arena, Tensor first_rows, Tensor ids, "
-      "Tensor? offsets, Tensor? weights, int rows, bool itself, Tensor(a!) vectors, "
-      "Tensor(b!)? interactions) -> ()");
+      "Tensor? offsets, Tensor? weights, Tensor? combined, int rows, bool itself, "
+      "Tensor(a!) vectors, Tensor(b!)? interactions) -> ()");
   library.def(
-      "embed_interact_backward(Tensor vectors, Tensor gradient, int rows, int features, "
-      "bool dot, bool itself, int first_row, Tensor(a!) dense_gradient, "
+      "embed_interact_backward(Tensor vectors, Tensor gradient, int rows, int tables, "
+      "Tensor? combined, bool dot, bool itself, int first_row, Tensor(a!) dense_gradient, "
       "Tensor(b!) bag_gradients) -> ()");
   library.def(
       "tables_update(Tensor bag_gradients, Tensor first_rows, Tensor ids, Tensor? offsets, "

@@ -23,8 +23,10 @@ struct Activations {
 };
 
 at::Tensor forward(const at::Tensor& dense_features, const at::Tensor& ids,
-                   const std::optional<at::Tensor>& offsets, const at::Tensor& arena,
-                   const at::Tensor& first_rows, at::TensorList dense_weights,
+                   const std::optional<at::Tensor>& offsets,
+                   const std::optional<at::Tensor>& weights, const at::Tensor& arena,
+                   const at::Tensor& first_rows, const std::optional<at::Tensor>& combined,
+                   at::TensorList dense_weights,
                    at::TensorList dense_biases, at::TensorList over_weights,
                    at::TensorList over_biases, bool dot, bool itself, int64_t part_rows) {
   TORCH_CHECK(dense_features.dim() == 2 && arena.dim() == 2,
@@ -33,8 +35,9 @@ at::Tensor forward(const at::Tensor& dense_features, const at::Tensor& ids,
   TORCH_CHECK(!dense_weights.empty() && !over_weights.empty(), "dlrm: there are no layers");
   TORCH_CHECK(over_weights.back().dim() == 2 && over_weights.back().size(0) == 1,
               "dlrm: the last layer must have one output");
-  const int64_t rows = dense_features.size(0), features = first_rows.numel();
-  TORCH_CHECK(!offsets || offsets->numel() == rows * features + 1,
+  const int64_t rows = dense_features.size(0), tables = first_rows.numel();
+  const int64_t slots = 1 + tables + (combined ? combined->size(0) : 0);
+  TORCH_CHECK(!offsets || offsets->numel() == rows * tables + 1,
               "dlrm: offsets must be one more than the bags");
   const auto room = [&](int64_t count) {
     const auto panels = [&](int64_t size) {
@@ -43,7 +46,7 @@ at::Tensor forward(const at::Tensor& dense_features, const at::Tensor& ids,
     Activations made;
     made.features = panels(dense_features.size(1));
     for (const at::Tensor& weight : dense_weights) made.dense.push_back(panels(weight.size(0)));
-    made.vectors = panels((features + 1) * arena.size(1));
+    made.vectors = panels(slots * arena.size(1));
     if (dot) made.interactions = panels(over_weights[0].size(1));
     for (const at::Tensor& weight : over_weights) made.over.push_back(panels(weight.size(0)));
     return made;
@@ -55,19 +58,21 @@ at::Tensor forward(const at::Tensor& dense_features, const at::Tensor& ids,
     if (start == 0 || count < part_rows) part = room(count);
     const bool whole = count == rows;  // a view costs a microsecond
     at::Tensor part_ids = ids;
-    std::optional<at::Tensor> part_offsets = offsets;
+    std::optional<at::Tensor> part_offsets = offsets, part_weights = weights;
     if (offsets && !whole) {
-      const at::Tensor ends = offsets->narrow(0, start * features, count * features + 1);
+      const at::Tensor ends = offsets->narrow(0, start * tables, count * tables + 1);
       const int64_t first = ends[0].item<int64_t>(), last = ends[-1].item<int64_t>();
       part_ids = ids.narrow(0, first, last - first);
+      if (weights) part_weights = weights->narrow(0, first, last - first);
       part_offsets = ends - first;
     } else if (!whole) {
       part_ids = ids.narrow(0, start, count);
+      if (weights) part_weights = weights->narrow(0, start, count);
     }
     to_panels(whole ? dense_features : dense_features.narrow(0, start, count), part.features);
     mlp_forward(part.features, count, dense_weights, dense_biases, true, part.dense, {});
-    embed_interact(part.dense.back(), arena, first_rows, part_ids, part_offsets, std::nullopt,
-                   count, itself, part.vectors, part.interactions);
+    embed_interact(part.dense.back(), arena, first_rows, part_ids, part_offsets, part_weights,
+                   combined, count, itself, part.vectors, part.interactions);
     mlp_forward(dot ? *part.interactions : part.vectors, count, over_weights, over_biases, false,
                 part.over, {});
     std::memcpy(logits.mutable_data_ptr<float>() + start, part.over.back().const_data_ptr<float>(),
@@ -81,8 +86,8 @@ at::Tensor forward(const at::Tensor& dense_features, const at::Tensor& ids,
 
 TORCH_LIBRARY_FRAGMENT(dlrm, library) {
   library.def(
-      "forward(Tensor dense_features, Tensor ids, Tensor? offsets, Tensor arena, "
-      "Tensor first_rows, Tensor[] dense_weights, Tensor[] dense_biases, Tensor[] over_weights, "
+      "forward(Tensor dense_features, Tensor ids, Tensor? offsets, Tensor? weights, "
+      "Tensor arena, Tensor first_rows, Tensor? combined, Tensor[] dense_weights, Tensor[] dense_biases, Tensor[] over_weights, "
       "Tensor[] over_biases, bool dot, bool itself, int part_rows) -> Tensor");
 }
 

@@ -16,7 +16,8 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights, at::
 void embed_interact(const at::Tensor& dense_vector, const at::Tensor& arena,
                     const at::Tensor& first_rows, const at::Tensor& ids,
                     const std::optional<at::Tensor>& offsets,
-                    const std::optional<at::Tensor>& weights, int64_t rows, bool itself,
+                    const std::optional<at::Tensor>& weights,
+                    const std::optional<at::Tensor>& combined, int64_t rows, bool itself,
                     at::Tensor& vectors, const std::optional<at::Tensor>& interactions);
 
 }  // namespace dlrm

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dlrm import cli
-from dlrm.config import ModelConfig, TrainConfig, read_config, write_config
+from dlrm.config import ModelConfig, TableConfig, TrainConfig, read_config, write_config
 from dlrm.errors import UserError
 from dlrm.files import locked
 
@@ -129,6 +129,30 @@ def test_config_file_values_lie_between_defaults_and_flags(tmp_path: Path) -> No
     assert (command.options.epochs, command.options.seed) == (3, 8)
     assert command.options.model.dropout == 0.5
     assert command.options.mini_batch_size == TrainConfig().mini_batch_size
+
+
+def test_tables_are_named_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[[model.tables]]\nname = "cat_0"\nvariant = "qr"\n')
+    arguments = ["train", "d", "--run", "r", f"--config={tmp_path / 'c.toml'}"]
+    command = cli.parse(arguments)
+    assert isinstance(command, cli.Train)
+    assert command.options.model.tables == (TableConfig("cat_0", "qr"),)
+    entries = ["cat_2,variant=qr,qr_operation=add,qr_collisions=16", "cat_5,variant=md,md_dim=4"]
+    command = cli.parse([*arguments, "--tables", *entries, "--seed", "8"])
+    assert isinstance(command, cli.Train)
+    assert command.options.seed == 8
+    assert command.options.model.tables == (
+        TableConfig("cat_2", "qr", "add", 16),
+        TableConfig("cat_5", "md", md_dim=4),
+    )
+
+
+def test_an_entry_of_tables_that_is_wrong_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(["train", "d", "--run", "r", "--tables", "cat_2,variant=qr,qr_collision=3"])
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "unknown key qr_collision; did you mean qr_collisions?" in said
 
 
 def test_a_resolved_configuration_has_every_default(tmp_path: Path) -> None:

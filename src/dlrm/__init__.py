@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         OptimizerConfig,
         PrepareConfig,
         SynthesizeConfig,
+        TableConfig,
         TrackingConfig,
         TrainConfig,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerConfig",
     "PrepareConfig",
     "SynthesizeConfig",
+    "TableConfig",
     "TrackingConfig",
     "TrainConfig",
     "UserError",

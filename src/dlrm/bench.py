@@ -243,7 +243,7 @@ def bench_train(config: BenchTrainConfig) -> BenchTrainResult:
         kernels=trainer.step.kernels,
         kernels_reason=trainer.step.reason,
         config=config,
-        table_bytes=trainer.model.sparse_arch.arena.nbytes,
+        table_bytes=trainer.model.sparse_arch.table_bytes,
         hardware=hardware(device),
         versions=versions(),
     )
@@ -272,7 +272,8 @@ class _Trainer(Trainer):
     def draw_weights(self) -> None:
         """Leave the layers as PyTorch draws them, and fill the tables with small values."""
         with torch.no_grad():
-            self.model.sparse_arch.arena.uniform_(-0.01, 0.01)
+            for arena in self.model.sparse_arch.arenas:
+                arena.arena.uniform_(-0.01, 0.01)
 
 
 class _Pairs(Events):

@@ -30,10 +30,13 @@ from dlrm.config import (
     GenerateConfig,
     PrepareConfig,
     SynthesizeConfig,
+    TableConfig,
     TrainConfig,
     differences,
     read_config,
     read_run_config,
+    read_table,
+    table_text,
 )
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.schema import SPLITS, Split
@@ -657,8 +660,28 @@ def parse(arguments: Sequence[str]) -> Command:
         args=rest,
         default=kind(**_defaults(kind, rest)),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName),
+        registry=_registry,
     )
     return command
+
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _tables(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[tuple[TableConfig, ...]] | None:
+    """Read the entries of tables, each one argument."""
+    if kind.type != tuple[TableConfig, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME,KEY=VALUE…",
+        instance_from_str=lambda arguments: tuple(map(read_table, arguments)),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda tables: [table_text(table) for table in tables],
+    )
 
 
 def _defaults(kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:

@@ -28,6 +28,10 @@ T = TypeVar("T")
 Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
 Amp = Literal["O0", "O1"]
+EmbeddingVariant = Literal["full", "qr", "md"]
+QrOperation = Literal["mult", "add", "concat"]
+QrInitialValues = Literal["small", "reference"]
+WeightedPooling = Literal["none", "fixed", "learned"]
 
 MINIMUM_MEMORY = 32 << 20
 """Of evaluation, in bytes."""
@@ -250,6 +254,49 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class TableConfig:
+    """How one sparse feature's table is stored, and how the vectors of its bags are summed."""
+
+    name: str
+    """The sparse feature."""
+    variant: EmbeddingVariant = "full"
+    """full: a vector for each id; qr: quotient-remainder tables; md: shorter vectors."""
+    qr_operation: QrOperation = "mult"
+    """How the vectors of quotient and remainder are joined."""
+    qr_collisions: int = 4
+    """Rows of the remainder's table: so many ids share a row of the quotient's."""
+    qr_initial_values: QrInitialValues = "small"
+    """As of a model's --qr-initial-values."""
+    md_dim: int = 0
+    """Length of the vectors of variant md."""
+    weighted_pooling: WeightedPooling = "none"
+    """fixed or learned: each id has a weight, which its vector is multiplied by."""
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        _require_types(self)
+        require(bool(self.name), "--tables: an entry needs the name of a sparse feature first")
+        at = f"--tables {self.name}"
+        for variant, names in _VARIANT_OPTIONS.items():
+            for name in names:
+                require(
+                    self.variant == variant
+                    or getattr(self, name, None) == getattr(TableConfig, name, None),
+                    f"{at}: {name} goes with variant={variant}; got variant={self.variant}",
+                )
+        require(self.qr_collisions >= 1, f"{at}: qr_collisions must be at least 1")
+        require(
+            self.variant != "md" or self.md_dim >= 1,
+            f"{at}: variant=md needs md_dim, the length of its vectors; got {self.md_dim}",
+        )
+        require(
+            self.variant != "qr" or self.weighted_pooling == "none",
+            f"{at}: weighted_pooling does not go with variant=qr, where an id has no vector of its "
+            "own in a bag",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture; sizes that follow from the data are in the schema."""
 
@@ -268,10 +315,40 @@ class ModelConfig:
     embedding_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What embedding tables are stored in. The narrow types halve their memory; an update is
     computed in float32 and rounded at random, so that small updates count on average."""
+    embedding_variant: EmbeddingVariant = "full"
+    """How large tables are stored. full: a vector for each id; qr: quotient-remainder tables, of
+    which two together give an id's vector; md: mixed dimensions, shorter vectors that are projected
+    to embedding_dim."""
+    qr_threshold: int = 200
+    """With qr, tables of more rows than this are stored so."""
+    qr_operation: QrOperation = "mult"
+    """With qr, how the vectors of quotient and remainder are joined: product, sum, or one after the
+    other, each then of half the length."""
+    qr_collisions: int = 4
+    """With qr, so many ids share a row of the quotient's table, and the remainder's has so many
+    rows."""
+    qr_initial_values: QrInitialValues = "small"
+    """With qr, small: an id's first vector is as of a whole table; reference: both tables are drawn
+    as the reference does, uniform from √(1/n) to 1, with which add and concat learn little."""
+    md_threshold: int = 200
+    """With md, tables of more rows than this have shorter vectors."""
+    md_temperature: float = 0.3
+    """With md, how fast vectors become shorter: a table of n rows has vectors of
+    embedding_dim * (least n / n) ** this."""
+    md_round_dims: bool = False
+    """With md, round lengths to the nearest power of 2."""
+    weighted_pooling: WeightedPooling = "none"
+    """Multiply the vector of each id by a weight of its own before a bag is summed: 1 at first, and
+    then learned or fixed, which keeps those of --continue-from."""
+    tables: tuple[TableConfig, ...] = ()
+    """Tables that are stored in another way than the options above say, such as
+    cat_2,variant=qr,qr_collisions=16 cat_5,variant=md,md_dim=4 cat_8,weighted_pooling=learned.
+    What an entry does not say is as in a whole table without weights."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
         _require_types(self)
+        self._require_variants()
         sizes = (self.embedding_dim, *self.dense_arch_layer_sizes, *self.over_arch_layer_sizes)
         require(all(size > 0 for size in sizes), f"every layer size must be positive; got {sizes}")
         require(
@@ -294,6 +371,52 @@ class ModelConfig:
             "--interaction-itself goes with --interaction dot: 'cat' has no products",
         )
         require(0 <= self.dropout < 1, f"--dropout must be in [0, 1); got {self.dropout}")
+
+    def _require_variants(self) -> None:
+        for variant, names in _VARIANT_OPTIONS.items():
+            for name in names:
+                require(
+                    self.embedding_variant == variant
+                    or getattr(self, name, None) == getattr(ModelConfig, name, None),
+                    f"--{name.replace('_', '-')} goes with --embedding-variant {variant}; got "
+                    f"--embedding-variant {self.embedding_variant}",
+                )
+        for name, least in (("qr_threshold", 0), ("md_threshold", 0), ("qr_collisions", 1)):
+            value = getattr(self, name)
+            require(
+                value >= least, f"--{name.replace('_', '-')} must be at least {least}; got {value}"
+            )
+        require(
+            0 <= self.md_temperature < float("inf"),
+            f"--md-temperature must not be negative; got {self.md_temperature}",
+        )
+        require(
+            self.embedding_variant != "qr" or self.weighted_pooling == "none",
+            f"--weighted-pooling {self.weighted_pooling} does not go with --embedding-variant qr, "
+            "where an id has no vector of its own in a bag. Name the tables to be weighed with "
+            "--tables",
+        )
+        joined = [self.qr_operation, *(table.qr_operation for table in self.tables)]
+        require(
+            "concat" not in joined or self.embedding_dim % 2 == 0,
+            "--embedding-dim must be even where quotient and remainder are concatenated, since "
+            f"each gives half of it; got {self.embedding_dim}",
+        )
+        named = [table.name for table in self.tables]
+        for table in self.tables:
+            require(
+                table.md_dim <= self.embedding_dim,
+                f"--tables {table.name}: md_dim must be at most --embedding-dim; got "
+                f"{table.md_dim} and {self.embedding_dim}",
+            )
+            require(named.count(table.name) == 1, f"--tables has {table.name} twice")
+
+
+_VARIANT_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "qr": ("qr_threshold", "qr_operation", "qr_collisions", "qr_initial_values"),
+    "md": ("md_threshold", "md_temperature", "md_round_dims", "md_dim"),
+}
+"""Those that one variant alone takes, of a model or of a table."""
 
 
 @dataclass(frozen=True)
@@ -592,6 +715,41 @@ _BASELINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
 """Those that one model alone takes."""
 
 
+def read_table(text: str) -> TableConfig:
+    """Return the entry that a flag means: ``cat_2,variant=qr,qr_collisions=16``.
+
+    Raises:
+        UserError: It is none.
+    """
+    name, *settings = text.split(",")
+    values: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key in values:
+            raise UserError(
+                f"--tables {text}: expected a sparse feature's name and then key=value, each once, "
+                "as in cat_2,variant=qr,qr_collisions=16"
+            )
+        values[key] = value
+    _refuse_unknown_keys(values, TableConfig, Path("--tables"), prefix="")
+    try:
+        return complete(msgspec.convert({"name": name, **values}, TableConfig, strict=False))
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"--tables {text}: {error}. Correct the value.") from error
+
+
+def table_text(table: TableConfig) -> str:
+    """Return an entry as ``read_table`` reads it."""
+    settings = [
+        f"{each.name}={getattr(table, each.name)}"
+        for each in dataclasses.fields(table)
+        if each.name != "name" and getattr(table, each.name) != each.default
+    ]
+    return ",".join([table.name, *settings])
+
+
 def write_config(path: Path, config: TrainConfig | BaselineConfig, dataset: Path) -> None:
     """Write the configuration of a run and its DATASET's place; ``dlrm train --config`` reads it.
 
@@ -703,8 +861,14 @@ def complete(config: T) -> T:
     values: dict[str, Any] = {}
     for each in dataclasses.fields(typing.cast(Any, config)):
         value = getattr(config, each.name)
-        values[each.name] = complete(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, tuple):
+            value = tuple(complete(part) if _is_config(part) else part for part in value)
+        values[each.name] = complete(value) if _is_config(value) else value
     return type(config)(**values)
+
+
+def _is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def differences(one: Any, other: Any) -> list[str]:
@@ -733,3 +897,7 @@ def _refuse_unknown_keys(
             raise UserError(f"{source} has an unknown key {prefix}{key}; {hint}")
         if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
             _refuse_unknown_keys(value, typing.cast(type[Any], types[key]), source, f"{key}.")
+        if types[key] == tuple[TableConfig, ...] and isinstance(value, list):
+            for entry in value:
+                if isinstance(entry, Mapping):
+                    _refuse_unknown_keys(entry, TableConfig, source, f"{key}.")

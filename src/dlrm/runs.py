@@ -69,6 +69,11 @@ class RunResult:
     """Steps that moved nothing: under mixed precision a gradient was not finite."""
     model: Literal["dlrm", "logistic", "lightgbm"] = "dlrm"
     """What was trained: a DLRM, or which baseline."""
+    table_bytes: int = 0
+    """Of a DLRM's embedding tables, with projections and pooling weights; 0: of a version that did
+    not tell yet."""
+    whole_table_bytes: int = 0
+    """What tables with a vector for each id would take."""
     format_version: str = FORMAT_VERSION
 
 

@@ -162,31 +162,48 @@ def test_mlp_update(sizes: tuple[int, ...], rule: int, first: bool, last: bool, 
 def make_bags(rows: int, kind: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Ids (with repeats), offsets, weights."""
     lengths = torch.ones(rows * len(TABLES), dtype=torch.int64)
-    if kind != "one id":
+    if not kind.startswith("one id"):
         lengths = torch.tensor([0, 1, 2, 30])[torch.randint(0, 4, lengths.shape)]
     table = (torch.arange(len(lengths)) % len(TABLES)).repeat_interleave(lengths)
     ids = (torch.rand(len(table)) * torch.tensor(TABLES)[table]).long()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     weights = torch.randn(len(ids)) if kind.endswith("weights") else None
-    return (ids.view(rows, -1), None, None) if kind == "one id" else (ids, offsets, weights)
+    if kind.startswith("one id"):
+        return ids.view(rows, -1), None, None if weights is None else weights.view(rows, -1)
+    return ids, offsets, weights
 
 
-bags = pytest.mark.parametrize("kind", ["one id", "bags", "bags with weights"])
+bags = pytest.mark.parametrize(
+    "kind", ["one id", "one id with weights", "bags", "bags with weights"]
+)
 FIRST_ROWS = torch.tensor([0, *TABLES[:-1]]).cumsum(0)
+# The last two tables change the vectors of the first two: a sum and a product.
+COMBINED = torch.tensor([[1, 0], [0, 1]])
 
 
 @pytest.mark.parametrize("rows", [1, 40, 199, 200, 450])
-@pytest.mark.parametrize(("dot", "itself"), [(True, False), (True, True), (False, False)])
-@pytest.mark.parametrize("kind", ["one id", "bags"])
-def test_forward(rows: int, dot: bool, itself: bool, kind: str, width: int) -> None:
-    dim, count = 9, len(TABLES) + 1
+@pytest.mark.parametrize(
+    ("dot", "itself", "combined"),
+    [
+        (True, False, None),
+        (True, True, None),
+        (False, False, None),
+        (True, False, COMBINED),
+        (True, True, COMBINED),
+    ],
+)
+@pytest.mark.parametrize("kind", ["one id", "bags", "bags with weights"])
+def test_forward(
+    rows: int, dot: bool, itself: bool, combined: Tensor | None, kind: str, width: int
+) -> None:
+    dim, count = 9, len(TABLES) + 1 - (0 if combined is None else len(combined))
     pairs = count * (count + 1) // 2 if itself else count * (count - 1) // 2
     dense, over = mlp(3, 20, dim), mlp(dim + pairs if dot else count * dim, 10, 1)
-    ids, offsets, _ = make_bags(rows, kind)
     arena = torch.randn(sum(TABLES), dim) / 10
     compare(
         "forward",
-        *(torch.randn(rows, 3), ids, offsets, arena, FIRST_ROWS, *dense, *over, dot, itself, 200),
+        *(torch.randn(rows, 3), *make_bags(rows, kind), arena, FIRST_ROWS, combined),
+        *(*dense, *over, dot, itself, 200),
     )
 
 
@@ -202,9 +219,16 @@ def test_embed_interact(kind: str, dim: int, itself: bool, width: int) -> None:
         for out in (empty_panels(rows, dim + pairs, width), None):
             compare(
                 "embed_interact",
-                *(dense, arena, FIRST_ROWS, *make_bags(rows, kind), rows, itself),
+                *(dense, arena, FIRST_ROWS, *make_bags(rows, kind), None, rows, itself),
                 *(empty_panels(rows, vectors * dim, width), out),
             )
+        pairs_left = 6 if itself else 3  # of the dense vector and two features'
+        compare(
+            "embed_interact",
+            *(dense, arena, FIRST_ROWS, *make_bags(rows, kind), COMBINED, rows, itself),
+            empty_panels(rows, (vectors + len(COMBINED)) * dim, width),
+            empty_panels(rows, dim + pairs_left, width),
+        )
 
 
 @pytest.mark.parametrize("dim", [1, 3, 16, 17, 64, 128])
@@ -217,10 +241,19 @@ def test_embed_interact_backward(dim: int, dot: bool, itself: bool, width: int) 
         "embed_interact_backward",
         panels(rows, vectors * dim, width),
         panels(rows, dim + pairs if dot else vectors * dim, width),
-        *(rows, len(TABLES), dot, itself, 5),
+        *(rows, len(TABLES), None, dot, itself, 5),
         empty_panels(rows, dim, width),
         torch.zeros(len(TABLES), rows + 9, dim),
     )
+    if dot:
+        compare(
+            "embed_interact_backward",
+            panels(rows, (vectors + len(COMBINED)) * dim, width),
+            panels(rows, dim + (6 if itself else 3), width),
+            *(rows, len(TABLES), COMBINED, dot, itself, 5),
+            empty_panels(rows, dim, width),
+            torch.zeros(len(TABLES), rows + 9, dim),
+        )
 
 
 @bags
@@ -262,6 +295,18 @@ def test_arguments_that_do_not_fit_are_refused(width: int) -> None:
             *(FIRST_ROWS, torch.zeros(3, 3, dtype=torch.int64), None, None),
             *(plain.SGD, 0.1, 1e-10, torch.zeros(sum(TABLES), 2), None),
         )
+    for combined, message in (
+        (torch.tensor([[4, 1]]), "a combined feature is out of range"),
+        (torch.zeros(5, 2, dtype=torch.int64), "more vectors are combined than there are tables"),
+        (torch.zeros(1, 3, dtype=torch.int64), r"combined must be .*, of shape \[1, 2\]"),
+        (COMBINED, "combined vectors need interactions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.dlrm.embed_interact(
+                *(panels(1, 2, width), torch.zeros(sum(TABLES), 2), FIRST_ROWS),
+                *(*make_bags(1, "one id"), combined, 1, False),
+                *(panels(1, 14, width), None),
+            )
     weights, biases = mlp(3, 4, 1)
     x, outputs = panels(3, 3, width), [empty_panels(3, 4, width), empty_panels(3, 1, width)]
     with pytest.raises(RuntimeError, match=f"x has 1 panels for {width + 1} rows"):

@@ -14,9 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dlrm.checkpoint import Position
+from dlrm.config import ModelConfig, OptimizerConfig, TableConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
-from dlrm.reference.checkpoint import read_checkpoint, reference_names
+from dlrm.model.dlrm import DLRM, initialize
+from dlrm.reference.checkpoint import read_checkpoint, reference_names, write_checkpoint
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+from dlrm.training.optimizer import Optimizer
 
 OPTIMIZERS = ["sgd", "adagrad", "rwsadagrad"]
 TESTED = ["--test-freq=100", "--mlperf-logging"]
@@ -60,6 +65,31 @@ def test_saved_and_loaded_training_continues_identically(
 
     path = run.folder / "saved.pt"
     first = finished(run(*flags, f"--step={steps}", f"--save-model={path}"))
+    second = finished(run(*flags, f"--load-model={path}"))
+    assert first + second == whole
+    found = newest(run)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+VARIANTS = {
+    "md": "--md-flag --md-threshold=5 --md-temperature=0.5 --weighted-pooling=learned",
+    "concat": "--qr-flag --qr-operation=concat --qr-threshold=9 --arch-sparse-feature-size=2",
+    "mult": "--qr-flag --qr-threshold=9 --qr-collisions=3",
+    "fixed": "--weighted-pooling=fixed",
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_saved_and_loaded_continue_identically(
+    run: Any, optimizer: str, variant: str
+) -> None:
+    flags = [f"--optimizer={optimizer}", *VARIANTS[variant].split(), *TESTED]
+    whole = finished(run(*flags))
+    expected = newest(run)
+    path = run.folder / "saved.pt"
+    first = finished(run(*flags, "--step=7", f"--save-model={path}"))
     second = finished(run(*flags, f"--load-model={path}"))
     assert first + second == whole
     found = newest(run)
@@ -160,6 +190,83 @@ def test_the_references_modules_and_optimizers_load_it(run: Any, optimizer: str)
                 assert value.max() > 0
 
 
+class Table(nn.Module):
+    """A module with the parameters of one of the reference's."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            owner: nn.Module = self
+            *modules, last = name.split(".")
+            for module in modules:
+                if not hasattr(owner, module):
+                    owner.add_module(module, nn.Module())
+                owner = getattr(owner, module)
+            owner.register_parameter(last, nn.Parameter(torch.empty_like(weight)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_modules_like_the_references_load_variants(run: Any, variant: str) -> None:
+    path = run.folder / "saved.pt"
+    flags = ["--step=3", "--optimizer=rwsadagrad", f"--save-model={path}", *TESTED]
+    run(*flags, *VARIANTS[variant].split())
+    content = torch.load(path, weights_only=True)
+    state = content["state_dict"]
+    # In the order of the reference's constructor: tables, pooling weights, bottom and top MLP.
+    model = nn.Module()
+    model.emb_l = nn.ModuleList()
+    kinds = set()
+    for number in range(26):
+        prefix = f"emb_l.{number}."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        kinds.add(tuple(weights))
+        model.emb_l.append(Table(weights))
+    learned = [weight for name, weight in state.items() if name.startswith("v_W_l.")]
+    if learned:
+        model.v_W_l = nn.ParameterList([torch.empty_like(weight) for weight in learned])
+    model.bot_l = nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU())
+    model.top_l = nn.Sequential(nn.Linear(355, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid())
+    model.load_state_dict(state)
+    assert list(state) == list(model.state_dict())
+    assert (
+        kinds
+        == {
+            "md": {("weight",), ("embs.weight", "proj.weight")},
+            "concat": {("weight",), ("weight_q", "weight_r")},
+            "mult": {("weight",), ("weight_q", "weight_r")},
+            "fixed": {("weight",)},
+        }[variant]
+    )
+    assert len(learned) == (26 if variant == "md" else 0)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        (kind, total), *_ = [
+            (kind, value)
+            for kind, value in content["opt_state_dict"]["state"][number].items()
+            if kind != "step"
+        ]
+        is_table = name.startswith("emb_l.") and "proj" not in name
+        assert kind == ("momentum" if is_table else "sum"), name
+        assert total.shape == (parameter.shape[:1] if is_table else parameter.shape)
+
+
+def test_fixed_weights_that_are_not_1_are_refused(tmp_path: Path) -> None:
+    schema = FeatureSchema(
+        label="label",
+        dense=(DenseFeature("int_0"),),
+        sparse=(SparseFeature("cat_0", 3),),
+        source_format="test",
+        split_rule="none",
+    )
+    model = DLRM(schema, ModelConfig(weighted_pooling="fixed"))
+    initialize(model, np.random.RandomState(1))
+    optimizer = Optimizer(model, OptimizerConfig())
+    write_checkpoint(tmp_path / "a.pt", model, optimizer, Position(), {})
+    model.sparse_arch.tables()["pooling_weights.t_cat_0"][1] = 2
+    with pytest.raises(UserError, match="the fixed pooling weights of the reference are all 1"):
+        write_checkpoint(tmp_path / "b.pt", model, optimizer, Position(), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
 class RowWiseAdagrad(torch.optim.Optimizer):
     """Only what loading a state takes."""
 
@@ -174,11 +281,27 @@ def test_names_come_in_the_references_order() -> None:
         "sparse_arch.embedding_bags.t_a.weight",
         "over_arch.layers.2.bias",
     ]
-    assert list(reference_names(ours, ["a", "b"]).items()) == [
+    tables = [TableConfig("a"), TableConfig("b")]
+    assert list(reference_names(ours, tables).items()) == [
         ("sparse_arch.embedding_bags.t_a.weight", "emb_l.0.weight"),
         ("sparse_arch.embedding_bags.t_b.weight", "emb_l.1.weight"),
         ("dense_arch.layers.0.weight", "bot_l.0.weight"),
         ("over_arch.layers.2.bias", "top_l.2.bias"),
+    ]
+    ours = [f"sparse_arch.{name}" for name in (
+        "pooling_weights.t_c", "pooling_weights.t_b", "projections.t_a.weight",
+        "embedding_bags.t_c.weight", "embedding_bags.t_b.weight", "embedding_bags.t_a.weight",
+        "embedding_bags.t_d_remainder.weight", "embedding_bags.t_d_quotient.weight",
+    )]  # fmt: skip
+    tables = [
+        TableConfig("a", "md", md_dim=2),
+        TableConfig("b", "md", md_dim=2, weighted_pooling="learned"),  # as long as all
+        TableConfig("c", weighted_pooling="fixed"),
+        TableConfig("d", "qr"),
+    ]
+    assert [*reference_names(ours, tables).values()] == [
+        *("emb_l.0.embs.weight", "emb_l.0.proj.weight", "emb_l.1.embs.weight", "emb_l.2.weight"),
+        *("emb_l.3.weight_q", "emb_l.3.weight_r", "v_W_l.1"),
     ]
 
 

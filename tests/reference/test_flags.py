@@ -84,8 +84,8 @@ def test_the_default_of_a_refused_flag_asks_for_nothing(flag: Flag) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    with pytest.raises(UserError, match=r"(?s)--md-flag: .*--qr-flag: "):
-        read_flags([DATASET, "--qr-flag", "--md-flag"])
+    with pytest.raises(UserError, match=r"(?s)--save-onnx: .*--debug-mode: "):
+        read_flags([DATASET, "--debug-mode", "--save-onnx"])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,8 @@ def test_all_refusals_come_at_once() -> None:
         (["--round-targets=maybe"], "expected True or False, got 'maybe'"),
         (["--loss-function=hinge"], "expected mse or bce or wbce, got 'hinge'"),
         (["--mlperf-logging=True"], "--mlperf-logging: ignored explicit argument 'True'"),
+        (["--qr-operation=max"], "expected mult or add or concat, got 'max'"),
+        (["--weighted-pooling=mean"], "expected fixed or learned, got 'mean'"),
         (["--step=0"], "expected at least 1, or -1 for no limit; got '0'"),
         (["--data-set=terabyte"], "--data-set=terabyte: the Criteo Terabyte data are not"),
         (["--data-generation=internal"], "--data-generation=internal: it takes libraries that"),

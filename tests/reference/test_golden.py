@@ -14,6 +14,11 @@ import pytest
 import torch
 
 from dlrm import reference
+from dlrm.checkpoint import load_weights, save_checkpoint
+from dlrm.data.prepare import prepare
+from dlrm.model.dlrm import DLRM
+from dlrm.reference.checkpoint import convert, read_checkpoint, write_checkpoint
+from dlrm.training.optimizer import Optimizer
 
 # Beside each case the source of its rows, so that both are covered; maxind limits the ids of the
 # finished .npz alone.
@@ -28,8 +33,18 @@ CASES = {
     "itself": "text",
     "lrpolicy": "text",
     "maxind": "npz",
+    "qr_mult": "npz",
+    "qr_add": "npz",
+    "wpfixed": "npz",
+    "wplearned": "npz",
 }
-WEIGHT_TOLERANCE = {"sgd_bce": 1e-5, "rwsadagrad": 1e-5, "adagrad": 1e-4}
+# Of qr_add the first loss alone is comparable: it diverges, in the reference too.
+COMPARED_STEPS = {"qr_add": 1}
+# In wplearned one unit of the top MLP comes within rounding of 0 for one row, and moves or does
+# not: the same steps in float64 end within 2e-6 of the reference, in float32 3e-4 from it.
+WEIGHT_TOLERANCE = {"sgd_bce": 1e-5, "rwsadagrad": 1e-5, "adagrad": 1e-4, "wplearned": 4e-4}
+# The everyday run interrupts those whose tensors no other test saves and loads.
+VARIANTS = ("qr_mult", "qr_add", "wpfixed", "wplearned")
 PROCESSED = "kaggleAdDisplayChallenge_processed.npz"
 
 
@@ -70,26 +85,39 @@ def metrics_of(log: str) -> list[dict[str, float]]:
     return [dict(zip(names, map(float, line), strict=True)) for line in lines]
 
 
-@pytest.mark.usefixtures("kernels")
+def losses_of(log: str) -> list[str]:
+    return re.findall(r"^Finished .*, loss (\d+\.\d{6})$", log, re.MULTILINE)
+
+
 @pytest.mark.parametrize("start", ["from the .pt", "from the seed"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_case(
-    golden: Golden, case: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    golden: Golden,
+    kernels: str,
+    case: str,
+    start: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     saved = tmp_path / "saved.pt"
     flags = golden.flags(case, f"--run={tmp_path / 'run'}", f"--save-model={saved}")
     if start == "from the .pt":
         flags.append(f"--load-model={golden.folder / case}.init.pt")
+    if case in COMPARED_STEPS:
+        flags.append(f"--step={COMPARED_STEPS[case]}")
     reference.main(flags)
     log = capsys.readouterr().out
     expected = golden.content["cases"][case]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["kernels"] == kernels
 
-    losses = np.array(re.findall(r"^Finished .*, loss (\d+\.\d{6})$", log, re.MULTILINE), float)
-    expected_losses = np.array(expected["train_loss"])
+    losses = np.array(losses_of(log), float)
+    expected_losses = np.array(expected["train_loss"][: COMPARED_STEPS.get(case)])
     assert len(losses) == len(expected_losses)
     assert np.abs(losses - expected_losses)[:20].max() < 2e-5
     assert (np.abs(losses - expected_losses) / expected_losses).max() < 1e-3
 
+    if case in COMPARED_STEPS:
+        return
     found = metrics_of(log)
     expected_tests = expected.get("test_after_each_epoch", [expected["test"]])
     assert len(found) == len(expected_tests)
@@ -104,6 +132,45 @@ def test_a_case(
 
     if case in WEIGHT_TOLERANCE:
         compare_saved(saved, golden.folder / f"{case}.final.pt", WEIGHT_TOLERANCE[case])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in VARIANTS else pytest.mark.long) for case in CASES],
+)
+def test_a_case_in_two_goes_has_the_same_losses(
+    golden: Golden, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, flags = tmp_path / "saved.pt", golden.flags(case)
+    reference.main([*flags, f"--run={tmp_path / 'whole'}"])
+    whole = losses_of(capsys.readouterr().out)
+    reference.main([*flags, f"--run={tmp_path / 'a'}", "--step=40", f"--save-model={saved}"])
+    first = losses_of(capsys.readouterr().out)
+    reference.main([*flags, f"--run={tmp_path / 'b'}", f"--load-model={saved}"])
+    second = losses_of(capsys.readouterr().out)
+    assert len(first) == 40
+    assert first + second == whole
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "total"])
+def test_a_checkpoint_of_the_reference_is_saved_back_as_it_was(
+    golden: Golden, case: str, tmp_path: Path
+) -> None:
+    path = golden.folder / f"{case}.init.pt"
+    request = reference.parse(golden.flags(case))
+    data = prepare(request.source, request.dataset, request.prepare)
+    schema = data.schema.with_max_ind_range(request.train.max_ind_range)
+    tensors, info = convert(read_checkpoint(path), schema, request.train.model)
+    save_checkpoint(tmp_path / "ours.safetensors", tensors, info)
+    model = DLRM(schema, request.train.model)
+    load_weights(tmp_path / "ours.safetensors", model)
+    optimizer = Optimizer(model, request.train.optimizer)
+    write_checkpoint(tmp_path / "back.pt", model, optimizer, info.position, {})
+    found = torch.load(tmp_path / "back.pt", weights_only=True)["state_dict"]
+    expected = torch.load(path, weights_only=False)["state_dict"]
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def compare_saved(path: Path, expected_path: Path, tolerance: float) -> None:

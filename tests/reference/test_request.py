@@ -322,6 +322,12 @@ def test_what_cannot_be(flags: str, message: str) -> None:
             "--arch-interaction-op=cat --arch-interaction-itself",
             "--arch-interaction-itself has no effect without --arch-interaction-op=dot",
         ),
+        ("--qr-threshold=9", "--qr-threshold has no effect without --qr-flag"),
+        ("--qr-operation=add", "--qr-operation has no effect without --qr-flag"),
+        ("--md-flag --qr-collisions=9", "--qr-collisions has no effect without --qr-flag"),
+        ("--md-threshold=9", "--md-threshold has no effect without --md-flag"),
+        ("--md-temperature=0.1", "--md-temperature has no effect without --md-flag"),
+        ("--qr-flag --md-round-dims", "--md-round-dims has no effect without --md-flag"),
         ("--local_rank=1", "--local_rank has no effect on the CPU"),
         ("--save-model=m.pt --test-freq=-1", "--save-model has no effect unless training is"),
         ("--num-workers=2", "--num-workers changes nothing: one background thread reads here"),
@@ -355,3 +361,67 @@ def test_thresholds_act_with_mlperf_logging_alone() -> None:
     assert (asked.train.target_auc, asked.train.target_accuracy) == (0, 0)
     idle = [note for note in asked.notes if "has no effect without --mlperf-logging" in note]
     assert len(idle) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--qr-flag", {"embedding_variant": "qr", "qr_initial_values": "reference"}),
+        (
+            "--qr-flag --qr-threshold=9 --qr-operation=add --qr-collisions=7",
+            {
+                "embedding_variant": "qr",
+                "qr_threshold": 9,
+                "qr_operation": "add",
+                "qr_collisions": 7,
+                "qr_initial_values": "reference",
+            },
+        ),
+        (
+            "--qr-flag --qr-operation=concat --arch-sparse-feature-size=8",
+            {  # 8 of each: together 16
+                "embedding_variant": "qr",
+                "qr_operation": "concat",
+                "qr_initial_values": "reference",
+            },
+        ),
+        (
+            "--md-flag --md-threshold=9 --md-temperature=0.5 --md-round-dims",
+            {
+                "embedding_variant": "md",
+                "md_threshold": 9,
+                "md_temperature": 0.5,
+                "md_round_dims": True,
+            },
+        ),
+        ("--weighted-pooling=fixed", {"weighted_pooling": "fixed"}),
+        (
+            "--md-flag --weighted-pooling=learned",
+            {"embedding_variant": "md", "weighted_pooling": "learned"},
+        ),
+        ("--qr-threshold=9 --md-temperature=0.1", {}),
+    ],
+)
+def test_embedding_variants(flags: str, expected: dict[str, Any]) -> None:
+    assert changed(flags) == {f"model.{name}": value for name, value in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--qr-flag --md-flag", "--qr-flag and --md-flag store the same tables in two ways"),
+        (
+            "--qr-flag --weighted-pooling=fixed",
+            "--weighted-pooling fixed does not go with --embedding-variant qr",
+        ),
+        ("--qr-flag --qr-collisions=0", "--qr-collisions must be at least 1; got 0"),
+        (
+            "--qr-flag --qr-operation=concat",
+            "got 16 and 32. Here --embedding-dim is set by --arch-sparse-feature-size",
+        ),
+    ],
+)
+def test_embedding_variants_that_do_not_fit_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        request(flags)
+    assert message in str(error.value)

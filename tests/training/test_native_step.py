@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.config import LossConfig, ModelConfig, OptimizerConfig
+from dlrm.config import LossConfig, ModelConfig, OptimizerConfig, TableConfig
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.ops.library import Library, library
@@ -33,9 +33,13 @@ def make_model(embedding_dim: int = 16, **changes: Any) -> DLRM:
     )
     sizes = {"dense_arch_layer_sizes": (33, embedding_dim), "over_arch_layer_sizes": (50, 17, 1)}
     model = DLRM(schema, ModelConfig(**{"embedding_dim": embedding_dim, **sizes, **changes}))
-    initialize(model, np.random.RandomState(1))
+    generator = torch.Generator().manual_seed(1)
+    initialize(model, np.random.RandomState(1), generator)
     with torch.no_grad():
-        model.sparse_arch.arena.mul_(0.1)  # so that long bags do not drown everything
+        for name, table in model.sparse_arch.tables().items():
+            table.mul_(0.1)  # so that long bags do not drown everything
+            if "quotient" in name or "remainder" in name:
+                table.uniform_(-0.05, 0.05, generator=generator)  # some begin as 1
     return model
 
 
@@ -117,6 +121,43 @@ def test_steps_equal_exact_ones(rule: Rule, bags: bool) -> None:
     compare_with_exact_steps(make_model(), batches, rule, LossConfig())
 
 
+VARIANTS = {
+    "quotient-remainder": (
+        TableConfig("cat_0", "qr", "add", 3),
+        TableConfig("cat_2", "qr", "mult", 7),
+    ),
+    "weighed": (
+        TableConfig("cat_1", weighted_pooling="learned"),
+        TableConfig("cat_2", weighted_pooling="learned"),
+        TableConfig("cat_3", weighted_pooling="fixed"),
+    ),
+    "both": (
+        TableConfig("cat_0", weighted_pooling="learned"),
+        TableConfig("cat_2", "qr", "mult", 30),
+    ),
+}
+
+
+@pytest.mark.parametrize("bags", [False, True], ids=["one id", "bags"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_of_variants_equal_exact_ones(variant: str, rule: Rule, bags: bool) -> None:
+    model = make_model(tables=VARIANTS[variant])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = [make_batch(100, seed, bags=bags) for seed in range(3)]
+    compare_with_exact_steps(model, batches, rule, LossConfig(), tolerance=1e-5)
+    for name, tensor in model.state_dict().items():
+        fixed = name == "sparse_arch.pooling_weights.t_cat_3"
+        assert torch.equal(tensor, before[name]) == fixed, name
+
+
+def test_steps_of_variants_in_several_parts_equal_exact_ones() -> None:
+    for rule in RULES:
+        batches = [make_batch(2049, 1), make_batch(2100, 2, bags=True), make_batch(3, 3)]
+        model = make_model(tables=VARIANTS["both"])
+        compare_with_exact_steps(model, batches, rule, LossConfig())
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -148,11 +189,11 @@ def test_odd_batch_sizes_and_batches_of_several_parts(rows: int) -> None:
         compare_with_exact_steps(make_model(), batches, rule, LossConfig())
 
 
-def trained_bytes(rule: Rule, threads: int) -> bytes:
+def trained_bytes(rule: Rule, threads: int, tables: tuple[TableConfig, ...] = ()) -> bytes:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = make_model()
+        model = make_model(tables=tables)
         moved = Optimizer(model, OptimizerConfig(optimizer=rule))
         native = NativeStep(model, moved, LossConfig(), "under test")
         losses = [
@@ -172,6 +213,13 @@ def test_the_same_bits_for_any_number_of_threads_and_from_run_to_run(rule: Rule)
     one = trained_bytes(rule, 1)
     for threads in (1, 2, 3, 8):
         assert trained_bytes(rule, threads) == one
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_bits_of_variants(rule: Rule) -> None:
+    one = trained_bytes(rule, 1, VARIANTS["both"])
+    for threads in (2, 3):
+        assert trained_bytes(rule, threads, VARIANTS["both"]) == one
 
 
 @pytest.fixture(params=torch.ops.dlrm.instruction_sets() if library().loaded else [])

@@ -98,7 +98,7 @@ def test_rowwise_adagrad_equals_its_formula() -> None:
     stored = torch.cat(
         [
             optimizer.state()[f"sparse_arch.{name}.row_sum"]
-            for name in model.sparse_arch.table_names()
+            for name in list(model.sparse_arch.tables())
         ]
     )
     torch.testing.assert_close(stored, accumulator)

@@ -28,7 +28,14 @@ import torch
 
 import dlrm
 from dlrm.checkpoint import Position
-from dlrm.config import ModelConfig, OptimizerConfig, PrepareConfig, TrainConfig, write_config
+from dlrm.config import (
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    TableConfig,
+    TrainConfig,
+    write_config,
+)
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
 from dlrm.data.prepare import prepare
@@ -62,6 +69,26 @@ EAGER = {
         "model": replace(MODEL, embedding_dtype="bfloat16"),
         "optimizer": OptimizerConfig("rowwise_adagrad", 0.01),
     },
+}
+# Of the 26 tables the largest, and one of each other kind. The kernels take the first set.
+VARIANTS = {
+    "qr and weighed": replace(
+        MODEL,
+        embedding_variant="qr",
+        qr_threshold=20,
+        tables=(
+            TableConfig("cat_0", weighted_pooling="learned"),
+            TableConfig("cat_1", weighted_pooling="fixed"),
+            TableConfig("cat_2", "qr", "add", 3),
+        ),
+    ),
+    "md and concat": replace(
+        MODEL,
+        embedding_variant="md",
+        md_threshold=20,
+        weighted_pooling="learned",
+        tables=(TableConfig("cat_2", "qr", "concat", 3), TableConfig("cat_3", "qr", "mult")),
+    ),
 }
 
 
@@ -175,6 +202,28 @@ def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(
         "evaluation",
         "stop",
     }
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "plain"),
+    [
+        *(("qr and weighed", kind, plain) for kind in KINDS for plain in (False, True)),
+        *(("md and concat", kind, True) for kind in KINDS),
+        ("md and concat", "bfloat16", True),
+    ],
+)
+def test_embedding_variants_end_as_if_they_had_not_been_killed(
+    warm: Warm, dataset: Path, tmp_path: Path, variant: str, kind: str, plain: bool
+) -> None:
+    change = {**KINDS, **EAGER}[kind]
+    dtype = change.get("model", MODEL).embedding_dtype
+    model = replace(VARIANTS[variant], embedding_dtype=dtype)
+    config = replace(CONFIG, **{**change, "model": model}, epochs=1, num_batches=20)
+    expected = whole(warm, tmp_path / "whole", dataset, config=config, plain=plain)
+    assert expected["result"]["kernels"] == ("plain" if plain else "native")
+    begun = go_on_through(warm, tmp_path / "run", dataset, config, [6, 7], plain=plain)
+    assert begun == [4, 8]
+    assert_equal(tmp_path / "run", expected)
 
 
 def test_killed_after_every_step(warm: Warm, dataset: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Embedding tables in one arena."""
+"""Embedding tables: arenas that store them, and those of a model that stores each whole."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from dlrm.ops.library import advise_huge_pages
 from dlrm.ops.rounding import NARROW
 
 
-class SparseArch(nn.Module):
-    """The embedding tables of all sparse features, stored one after another in one tensor.
+class Arena(nn.Module):
+    """Tables with vectors of one length, stored one after another in one tensor.
 
-    One lookup for all features costs a fraction of one lookup a feature. In a state dict the
-    tables have TorchRec's names, ``embedding_bags.t_NAME.weight``; as a parameter the arena is
-    one, ``arena``, and its gradient is sparse: it holds the rows of the batch alone.
+    One lookup for all tables costs a fraction of one lookup a table. As a parameter the arena is
+    one, ``arena``, and its gradient is sparse: it holds the rows of the batch alone. It adds
+    nothing to a state dict; who owns it names its tables there.
 
     Narrow tables (bfloat16, float16) give float32 vectors. Autograd would round a gradient to its
     parameter's type, so theirs is kept beside the vectors that were looked up, in float32.
 
     Args:
-        names: The features' names.
-        num_embeddings: Rows of each feature's table.
+        num_embeddings: Rows of each table.
         embedding_dim: Length of a vector (D).
         dtype: What vectors are stored in.
         device: Where the arena is allocated; "meta" allocates nothing.
@@ -33,14 +32,12 @@ class SparseArch(nn.Module):
 
     def __init__(
         self,
-        names: Sequence[str],
         num_embeddings: Sequence[int],
         embedding_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.names = tuple(names)
         self.num_embeddings = tuple(num_embeddings)
         rows = torch.tensor([0, *num_embeddings]).cumsum(0)
         arena = torch.empty(int(rows[-1]), embedding_dim, dtype=dtype, device=device)
@@ -56,33 +53,46 @@ class SparseArch(nn.Module):
         self.register_buffer("first_rows", rows[:-1].clone(), persistent=False)
         self.first_rows: Tensor
 
-    def forward(self, sparse_features: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Sum the vectors of each bag.
 
         Args:
-            sparse_features: Ids, (B, F) with one id a bag, or (N,) beside ``offsets``.
+            ids: With F tables: (B, F) with one id a bag, or (N,) beside ``offsets``.
             offsets: (B * F + 1,), where bag b * F + f starts; None: one id a bag.
+            weights: Of the shape of ids: what its vector is multiplied by; None: 1.
 
         Returns:
             (B, F, D); an empty bag gives zeros.
         """
         if self.fused is not None and torch.is_grad_enabled():
-            return self.fused(sparse_features, offsets)
-        shape = (-1, len(self.names), self.arena.shape[1])
+            return self.fused(ids, offsets)
+        shape = (-1, len(self.num_embeddings), self.arena.shape[1])
         if offsets is None:
-            rows = sparse_features + self.first_rows
+            rows = ids + self.first_rows
             if self.is_narrow:
-                return self._look_up(rows.view(-1)).view(shape)
-            return functional.embedding(rows, self.arena, sparse=True)
+                vectors = self._look_up(rows.view(-1)).view(shape)
+            else:
+                vectors = functional.embedding(rows, self.arena, sparse=True)
+            return vectors if weights is None else vectors * weights.unsqueeze(-1)
         bags = torch.arange(offsets.numel() - 1, device=offsets.device)
         lengths = offsets.diff()
-        rows = sparse_features + self.first_rows[bags % len(self.names)].repeat_interleave(lengths)
+        rows = ids + self.first_rows[bags % len(self.num_embeddings)].repeat_interleave(lengths)
         if self.is_narrow:
             vectors = self._look_up(rows)
+            if weights is not None:
+                vectors = vectors * weights.unsqueeze(-1)
             pooled = torch.zeros(bags.numel(), vectors.shape[1], device=vectors.device)
             return pooled.index_add(0, bags.repeat_interleave(lengths), vectors).view(shape)
         pooled = functional.embedding_bag(
-            rows, self.arena, offsets, mode="sum", sparse=True, include_last_offset=True
+            rows,
+            self.arena,
+            offsets,
+            mode="sum",
+            sparse=True,
+            per_sample_weights=weights,
+            include_last_offset=True,
         )
         return pooled.view(shape)
 
@@ -112,10 +122,6 @@ class SparseArch(nn.Module):
         self._looked_up = None
         self.arena.grad = None
 
-    def table_names(self) -> list[str]:
-        """Return the tables' names in a state dict, without a prefix."""
-        return [f"embedding_bags.t_{name}.weight" for name in self.names]
-
     def split(self, per_row: Tensor) -> list[Tensor]:
         """Return a view of each table's part of a tensor whose first axis is the arena's rows."""
         return list(torch.split(per_row, list(self.num_embeddings)))
@@ -123,9 +129,38 @@ class SparseArch(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        arena = self.arena if keep_vars else self.arena.detach()
-        for name, table in zip(self.table_names(), self.split(arena), strict=True):
-            destination[prefix + name] = table
+        """Save nothing: its owner does."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load nothing: its owner does."""
+
+
+class NamedTables(nn.Module):
+    """A module that names tables in its state dict itself."""
+
+    @property
+    def arenas(self) -> Mapping[Arena, Sequence[str]]:
+        """The arenas that training moves, each with the names of its tables."""
+        raise NotImplementedError
+
+    def tables(self) -> dict[str, Tensor]:
+        """Return all tables by their names in a state dict, as views of their storage."""
+        return {
+            name: table
+            for arena, names in self.arenas.items()
+            for name, table in zip(names, arena.split(arena.arena), strict=True)
+        }
+
+    @property
+    def table_bytes(self) -> int:
+        """What the tables take."""
+        return sum(table.nbytes for table in self.tables().values())
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, table in self.tables().items():
+            destination[prefix + name] = table if keep_vars else table.detach()
 
     def _load_from_state_dict(
         self,
@@ -137,7 +172,7 @@ class SparseArch(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        expected = {prefix + name: table for name, table in self._tables().items()}
+        expected = {prefix + name: table.detach() for name, table in self.tables().items()}
         for key, table in expected.items():
             if key not in state_dict:
                 missing_keys.append(key)
@@ -149,9 +184,45 @@ class SparseArch(nn.Module):
                 with torch.no_grad():
                     table.copy_(state_dict[key])
         if strict:
+            of_others = tuple(f"{prefix}{name}." for name in self._modules)
             unexpected_keys += [
-                key for key in state_dict if key.startswith(prefix) and key not in expected
+                key
+                for key in state_dict
+                if key.startswith(prefix) and key not in expected and not key.startswith(of_others)
             ]
 
-    def _tables(self) -> dict[str, Tensor]:
-        return dict(zip(self.table_names(), self.split(self.arena.detach()), strict=True))
+
+class SparseArch(NamedTables, Arena):
+    """The embedding tables of all sparse features, each whole, in one arena.
+
+    In a state dict the tables have TorchRec's names, ``embedding_bags.t_NAME.weight``.
+
+    Args:
+        names: The features' names.
+        num_embeddings: Rows of each feature's table.
+        embedding_dim: Length of a vector (D).
+        dtype: What vectors are stored in.
+        device: Where the arena is allocated; "meta" allocates nothing.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_embeddings: Sequence[int],
+        embedding_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype, device)
+        self.names = tuple(names)
+        self._table_names = [table_name(name) for name in names]
+
+    @property
+    def arenas(self) -> Mapping[Arena, Sequence[str]]:
+        """This one, with the names of its tables."""
+        return {self: self._table_names}
+
+
+def table_name(name: str) -> str:
+    """Return what a table is called in a state dict, which is TorchRec's way."""
+    return f"embedding_bags.t_{name}.weight"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlrm.device import fused_tables_location
 from dlrm.model.embedding import SparseArch
+from dlrm.model.variants import VariantSparseArch
 
 Rule = Literal["sgd", "adagrad", "rowwise_adagrad"]
 
@@ -30,7 +31,9 @@ class _Fbgemm:
     rules: dict[Rule, Any]
 
 
-def supports(sparse_arch: SparseArch, *, scales_gradients: bool) -> tuple[bool, str]:
+def supports(
+    sparse_arch: SparseArch | VariantSparseArch, *, scales_gradients: bool
+) -> tuple[bool, str]:
     """Return whether ``FusedTables`` takes tables, and why or why not.
 
     Args:
@@ -38,6 +41,8 @@ def supports(sparse_arch: SparseArch, *, scales_gradients: bool) -> tuple[bool, 
         scales_gradients: Whether gradients are scaled: fbgemm updates rows while it goes backward,
             before anybody can tell whether a scaled gradient has overflowed.
     """
+    if isinstance(sparse_arch, VariantSparseArch):
+        return False, "tables go through plain operators: fbgemm is used where all are whole"
     arena = sparse_arch.arena
     if fused_tables_location(arena.device) is None:
         return False, f"tables on {arena.device.type} go through plain operators"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from dlrm.config import Amp
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
+from dlrm.model.embedding import SparseArch
 from dlrm.model.mlp import MLP
+from dlrm.model.variants import PartArena, VariantSparseArch
 from dlrm.ops.library import library
 
 PART_ROWS = 2048
@@ -38,7 +41,33 @@ def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
             )
         if not parameter.is_contiguous():
             return False, f"the native kernels take contiguous tensors; {name} is not"
+    sparse_arch = model.sparse_arch
+    if isinstance(sparse_arch, VariantSparseArch):
+        if sparse_arch.halves is not None or len(sparse_arch.narrower):
+            return False, (
+                "the native kernels take vectors of embedding_dim from the tables; those of mixed "
+                "dimensions, and concatenated quotient-remainder vectors, are shorter"
+            )
+        if len(sparse_arch.combined) and model.config.interaction != "dot":
+            return False, (
+                "the native kernels join quotient-remainder vectors for --interaction dot alone"
+            )
     return True, library().reason
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """What a part's rows are looked up with in the T tables of the arena that kernels take.
+
+    Of tables that are all whole it is what the batch holds.
+    """
+
+    ids: Tensor
+    """(B, T), or flat beside ``offsets``."""
+    offsets: Tensor | None
+    """(B * T + 1,), or None: one id a bag."""
+    weights: Tensor | None
+    """Of the shape of ids; None: 1."""
 
 
 class Stack:
@@ -61,7 +90,7 @@ class Activations:
         dense, over = forward.dense, forward.over
         self.dense_input = self.panel(dense.in_sizes[0])
         self.dense_outputs = [self.panel(size) for size in dense.out_sizes]
-        self.vectors = self.panel((forward.features + 1) * forward.arena.shape[1])
+        self.vectors = self.panel(forward.slots * forward.arena.shape[1])
         self.interactions = self.panel(over.in_sizes[0]) if forward.dot else self.vectors
         self.over_outputs = [self.panel(size) for size in over.out_sizes]
         self.dense_columns = [self._columns(size) for size in dense.in_sizes]
@@ -88,15 +117,33 @@ class NativeForward:
 
     def __init__(self, model: DLRM) -> None:
         assert supports(model)[0]
-        self.features = len(model.sparse_arch.names)
+        self._sparse_arch = sparse_arch = model.sparse_arch
+        tables = sparse_arch if isinstance(sparse_arch, SparseArch) else sparse_arch.whole
+        assert tables is not None
+        self.tables = tables
+        self.table_count = len(tables.num_embeddings)
+        self.combined = None
+        if isinstance(sparse_arch, VariantSparseArch) and len(sparse_arch.combined):
+            self.combined = sparse_arch.combined
+        # Vectors of a row: the dense one, each table's, and each quotient's as it was.
+        self.slots = 1 + self.table_count + (0 if self.combined is None else len(self.combined))
         self.dot = model.config.interaction == "dot"
         self.itself = model.config.interaction_itself
-        self.arena = model.sparse_arch.arena.detach()
-        self.first_rows = model.sparse_arch.first_rows
+        self.arena = tables.arena.detach()
+        self.first_rows = tables.first_rows
         self.dense = Stack(model.dense_arch)
         self.over = Stack(model.over_arch)
         self._width = torch.ops.dlrm.panel_rows()
         self._activations: dict[int, Activations] = {}
+
+    def lookups(self, batch: Batch) -> Lookups:
+        """Return what a batch's rows are looked up with."""
+        ids, offsets = batch.sparse_features, batch.offsets
+        if isinstance(self._sparse_arch, SparseArch):
+            return Lookups(ids, offsets, None)
+        assert isinstance(self.tables, PartArena)
+        weights = self._sparse_arch.weights_of(ids, offsets)
+        return Lookups(*self.tables.parts_of(ids, offsets, weights))
 
     def parts(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
         """Cut a batch into parts; yields the first row of each, and the part."""
@@ -117,7 +164,7 @@ class NativeForward:
             Its activations, until the next call; the logits are the first ``len(part)`` elements
             of ``over_outputs[-1]``.
         """
-        rows = len(part)
+        rows, lookups = len(part), self.lookups(part)
         kept = self.activations(rows)
         ops = torch.ops.dlrm
         ops.to_panels(part.dense_features, kept.dense_input)
@@ -134,9 +181,10 @@ class NativeForward:
             kept.dense_outputs[-1],
             self.arena,
             self.first_rows,
-            part.sparse_features,
-            part.offsets,
-            None,
+            lookups.ids,
+            lookups.offsets,
+            lookups.weights,
+            self.combined,
             rows,
             self.itself,
             kept.vectors,
@@ -164,12 +212,15 @@ class NativeForward:
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits, (B,), of a batch of any size."""
+        lookups = self.lookups(batch)
         logits: Tensor = torch.ops.dlrm.forward(
             batch.dense_features,
-            batch.sparse_features,
-            batch.offsets,
+            lookups.ids,
+            lookups.offsets,
+            lookups.weights,
             self.arena,
             self.first_rows,
+            self.combined,
             self.dense.weights,
             self.dense.biases,
             self.over.weights,

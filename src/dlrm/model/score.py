@@ -40,7 +40,7 @@ class Scorer:
         return scored
 
     def _plain_logits(self, batch: Batch) -> Tensor:
-        device = self._model.sparse_arch.arena.device
+        device = self._model.device
         training = self._model.training
         self._model.eval()
         try:

@@ -131,6 +131,7 @@ def embed_interact(
     ids: Tensor,
     offsets: Tensor | None,
     weights: Tensor | None,
+    combined: Tensor | None,
     rows: int,
     itself: bool,
     vectors: Tensor,
@@ -140,27 +141,37 @@ def embed_interact(
 
     Args:
         dense_vector: (·, D, P), panels.
-        arena: (n, D), the tables one after another.
-        first_rows: (F,), where each begins.
-        ids: (B, F), or (N,) beside offsets.
-        offsets: (B * F + 1,), or None: one id a bag.
+        arena: (n, D), the T tables one after another.
+        first_rows: (T,), where each begins.
+        ids: (B, T), or (N,) beside offsets.
+        offsets: (B * T + 1,), or None: one id a bag.
         weights: Of the shape of ids: what its vector is multiplied by; None: 1.
+        combined: (R, 2): of each of the last R tables the feature among the F = T - R before whose
+            vector it changes, and 1 where the two are multiplied, 0 where they are added; None:
+            no tables are joined.
         rows: B.
         itself: Whether each vector's product with itself is included.
-        vectors: (·, (F + 1) * D, P): the dense vector, then the bags' sums.
+        vectors: (·, (1 + T + R) * D, P): the dense vector, the features' vectors, the last R
+            tables' sums, and those of the R features before they were joined.
         interactions: (·, D + pairs, P): the dense vector, then the products; None: no products.
     """
-    width, features, dim = dense_vector.shape[2], len(first_rows), arena.shape[1]
+    width, tables, dim = dense_vector.shape[2], len(first_rows), arena.shape[1]
     places, bags = _occurrences(first_rows, ids, offsets, rows)
     found = arena[places]
     if weights is not None:
         found = found * weights.reshape(-1, 1)
-    pooled = torch.zeros(rows * features, dim).index_add_(0, bags, found)
-    padded = functional.pad(pooled.view(rows, -1), (0, 0, 0, -rows % width))
+    pooled = torch.zeros(rows * tables, dim).index_add_(0, bags, found).view(rows, tables, dim)
+    features = tables - (0 if combined is None else len(combined))
+    joined = pooled
+    if combined is not None:
+        own, others, is_product = pooled[:, combined[:, 0]], pooled[:, features:], combined[:, 1:]
+        joined = torch.cat([pooled, own], 1)
+        joined[:, combined[:, 0]] = torch.where(is_product == 1, own * others, own + others)
+    padded = functional.pad(joined.flatten(1), (0, 0, 0, -rows % width))
     every = torch.cat([rows_of(dense_vector), padded], 1)
     vectors.copy_(panels_of(every, width))
     if interactions is not None:
-        stacked = every.view(-1, features + 1, dim)
+        stacked = every.view(len(every), -1, dim)[:, : features + 1]
         i, j = torch.tril_indices(features + 1, features + 1, 0 if itself else -1)
         products = (stacked @ stacked.transpose(1, 2))[:, i, j]
         interactions.copy_(panels_of(torch.cat([stacked[:, 0], products], 1), width))
@@ -170,7 +181,8 @@ def embed_interact_backward(
     vectors: Tensor,
     gradient: Tensor,
     rows: int,
-    features: int,
+    tables: int,
+    combined: Tensor | None,
     dot: bool,
     itself: bool,
     first_row: int,
@@ -183,15 +195,20 @@ def embed_interact_backward(
         vectors: (·, (F + 1) * D, P), panels of this part's rows.
         gradient: Of the interactions; where not ``dot``, of the vectors themselves.
         rows: B of this part.
-        features: F.
+        tables: T.
+        combined: See ``embed_interact``.
         dot: Whether there are products.
         itself: Whether each vector's product with itself is among them.
         first_row: This part's first row in the batch.
         dense_gradient: (·, D, P): 0 where ReLU cut the dense vector.
-        bag_gradients: (F, B of the batch, D).
+        bag_gradients: (T, B of the batch, D).
     """
     width, out = vectors.shape[2], rows_of(gradient)
-    every = rows_of(vectors).view(len(out), features + 1, -1)
+    features, joined = tables, 0
+    if combined is not None:
+        features, joined = tables - len(combined), len(combined)
+    slots = rows_of(vectors).view(len(out), 1 + tables + joined, -1)
+    every = slots[:, : features + 1]
     if dot:
         dim = every.shape[2]
         i, j = torch.tril_indices(features + 1, features + 1, 0 if itself else -1)
@@ -201,6 +218,13 @@ def embed_interact_backward(
         each[:, 0] += out[:, :dim]
     else:
         each = out.view(every.shape)
+    if combined is not None:
+        places, is_product = 1 + combined[:, 0], combined[:, 1:] == 1
+        gradient = each[:, places]
+        other = torch.where(is_product, gradient * slots[:, 1 + tables :], gradient)
+        own = gradient * slots[:, 1 + features : 1 + tables]
+        each[:, places] = torch.where(is_product, own, gradient)
+        each = torch.cat([each, other], 1)
     dense = torch.where(every[:, 0] <= 0, 0, each[:, 0])
     dense_gradient.copy_(panels_of(dense, width))
     bag_gradients[:, first_row : first_row + rows] = each[:rows, 1:].transpose(0, 1)
@@ -218,7 +242,7 @@ def tables_update(
     arena: Tensor,
     sums: Tensor | None,
 ) -> None:
-    """Move the tables' rows along the gradients, (F, B, D), of the bags that hold them.
+    """Move the tables' rows along the gradients, (T, B, D), of the bags that hold them.
 
     Gradients of one row are summed before an adaptive rule squares them. ``sums`` has the arena's
     shape for Adagrad, (n,) for row-wise Adagrad.
@@ -284,8 +308,10 @@ def forward(
     dense_features: Tensor,
     ids: Tensor,
     offsets: Tensor | None,
+    weights: Tensor | None,
     arena: Tensor,
     first_rows: Tensor,
+    combined: Tensor | None,
     dense_weights: Sequence[Tensor],
     dense_biases: Sequence[Tensor],
     over_weights: Sequence[Tensor],
@@ -298,10 +324,12 @@ def forward(
 
     Args:
         dense_features: (B, number of dense features).
-        ids: See ``embed_interact``, as of the next three.
+        ids: See ``embed_interact``, as of the next five.
         offsets: Likewise.
+        weights: Likewise.
         arena: Likewise.
         first_rows: Likewise.
+        combined: Likewise.
         dense_weights: Of the layers that the dense features go through, each with ReLU.
         dense_biases: Likewise.
         over_weights: Of those that the interactions go through, all but the last with ReLU.
@@ -310,14 +338,25 @@ def forward(
         itself: Whether each vector's product with itself is included.
         part_rows: How many rows the kernel takes at a time, which makes no difference.
     """
-    rows, vectors = len(dense_features), (len(first_rows) + 1) * arena.shape[1]
+    rows = len(dense_features)
+    slots = 1 + len(first_rows) + (0 if combined is None else len(combined))
     outputs = [torch.empty(1, len(weight), rows) for weight in dense_weights]
     x = panels_of(dense_features, rows)
     mlp_forward(x, rows, dense_weights, dense_biases, True, outputs, [])
-    joined = torch.empty(1, vectors, rows)
+    joined = torch.empty(1, slots * arena.shape[1], rows)
     interactions = torch.empty(1, over_weights[0].shape[1], rows) if dot else None
     embed_interact(
-        outputs[-1], arena, first_rows, ids, offsets, None, rows, itself, joined, interactions
+        outputs[-1],
+        arena,
+        first_rows,
+        ids,
+        offsets,
+        weights,
+        combined,
+        rows,
+        itself,
+        joined,
+        interactions,
     )
     outputs = [torch.empty(1, len(weight), rows) for weight in over_weights]
     x = joined if interactions is None else interactions

@@ -1,7 +1,9 @@
 """The reference's checkpoints: its ``.pt`` files, in and out.
 
-Names: ``emb_l.J.weight`` is the table of sparse feature J, ``bot_l.K`` and ``top_l.K`` are layer
-K of the dense and the over arch. The optimizer numbers parameters in that order.
+Names: ``emb_l.J.weight`` is the table of sparse feature J (``weight_q`` and ``weight_r`` those of
+its quotients and remainders; ``embs.weight`` and ``proj.weight`` a mixed dimension's), ``v_W_l.J``
+its learned pooling weights, ``bot_l.K`` and ``top_l.K`` are layer K of the dense and the over arch.
+The optimizer numbers parameters in that order.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor
 
 from dlrm.checkpoint import CheckpointInfo, Position
-from dlrm.config import ModelConfig
+from dlrm.config import ModelConfig, TableConfig
 from dlrm.errors import UserError
 from dlrm.files import atomic_write
 from dlrm.model.dlrm import DLRM
+from dlrm.model.embedding import table_name
+from dlrm.model.variants import projection_name, weights_name
 from dlrm.schema import FeatureSchema
 from dlrm.training.optimizer import EPSILON, Optimizer, learning_rate
 
@@ -110,9 +114,11 @@ def convert(
     """
     blank = DLRM(schema, model, device=torch.device("meta"))
     shapes = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
-    theirs = reference_names(shapes, [feature.name for feature in schema.sparse])
-    _refuse_other_shapes(checkpoint, {theirs[name]: shape for name, shape in shapes.items()})
+    theirs = reference_names(shapes, blank.tables)
+    _refuse_other_shapes(checkpoint, {theirs[name]: shapes[name] for name in theirs})
     tensors = {f"model.{name}": checkpoint.weights[theirs[name]] for name in theirs}
+    for name in shapes.keys() - theirs.keys():  # fixed pooling weights
+        tensors[f"model.{name}"] = torch.ones(shapes[name])
     for number, name in enumerate(theirs):
         for kind, value in checkpoint.optimizer_state.get(number, {}).items():
             # The reference's row-wise Adagrad calls a table's accumulator its momentum.
@@ -151,10 +157,17 @@ def write_checkpoint(
         numbers: What else the reference writes, by its names.
 
     Raises:
+        UserError: The reference has no such model.
         EnvironmentFaultError: The disk is full or read-only.
     """
     ours = model.state_dict()
-    theirs = reference_names(ours, model.sparse_arch.names)
+    theirs = reference_names(ours, model.tables)
+    for name in ours.keys() - theirs.keys():
+        if not bool((ours[name] == 1).all()):
+            raise UserError(
+                f"{path} cannot hold {name}: the fixed pooling weights of the reference are all 1, "
+                "and these are not. Use --weighted-pooling learned."
+            )
     content = {
         **numbers,
         # Copies: a table is a view of all of them, and a view is saved with all that it views.
@@ -175,26 +188,37 @@ def write_checkpoint(
             raise
 
 
-def reference_names(names: Iterable[str], features: Iterable[str]) -> dict[str, str]:
+def reference_names(names: Iterable[str], tables: Sequence[TableConfig]) -> dict[str, str]:
     """Return the reference's name for each of our tensors, in the reference's order.
+
+    Fixed pooling weights are left out: the reference does not save them, since they are 1.
 
     Args:
         names: The keys of a model's state dict.
-        features: The names of the sparse features, in order.
+        tables: How the sparse features' tables are stored, in order.
     """
-    tables = {
-        f"sparse_arch.embedding_bags.t_{feature}.weight": f"emb_l.{number}.weight"
-        for number, feature in enumerate(features)
-    }
-    layers = {"dense_arch.layers.": "bot_l.", "over_arch.layers.": "top_l."}
-    names = list(names)
-    assert tables.keys() <= set(names)
-    for ours, theirs in layers.items():
-        for name in names:
-            if name.startswith(ours):
-                tables[name] = theirs + name.removeprefix(ours)
-    assert len(tables) == len(names)
-    return tables
+    ours = list(names)
+    expected: dict[str, str] = {}
+    for number, table in enumerate(tables):
+        for name, theirs in (
+            (table_name(table.name), "embs.weight" if table.variant == "md" else "weight"),
+            (projection_name(table.name), "proj.weight"),
+            (table_name(f"{table.name}_quotient"), "weight_q"),
+            (table_name(f"{table.name}_remainder"), "weight_r"),
+        ):
+            expected[f"sparse_arch.{name}"] = f"emb_l.{number}.{theirs}"
+    for number, table in enumerate(tables):
+        expected[f"sparse_arch.{weights_name(table.name)}"] = f"v_W_l.{number}"
+    found = {name: theirs for name, theirs in expected.items() if name in ours}
+    for prefix, theirs in {"dense_arch.layers.": "bot_l.", "over_arch.layers.": "top_l."}.items():
+        for name in ours:
+            if name.startswith(prefix):
+                found[name] = theirs + name.removeprefix(prefix)
+    assert found.keys() == set(ours)
+    for table in tables:
+        if table.weighted_pooling == "fixed":
+            del found[f"sparse_arch.{weights_name(table.name)}"]
+    return found
 
 
 def _load(path: Path) -> Any:

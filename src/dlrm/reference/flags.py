@@ -111,8 +111,6 @@ def _refused(name: str, default: Any, why: str, read: Callable[[str], Any] | Non
     return Flag(name, default, why, read, refused=True)
 
 
-_QR = "The quotient-remainder trick is not supported yet. Drop it: tables are stored whole."
-_MD = "Mixed embedding dimensions are not supported yet. Drop it: all tables have one dimension."
 _TERABYTE = (
     "Only for the Criteo Terabyte data, which are not supported yet. Use --data-set=kaggle without "
     "it."
@@ -154,6 +152,76 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             False,
             "Include each vector's product with itself; acts with --arch-interaction-op=dot.",
             ours=("interaction_itself",),
+        ),
+        Flag(
+            "--qr-flag",
+            False,
+            "Store tables of more rows than --qr-threshold as quotient-remainder tables, drawn as "
+            "the reference does (--qr-initial-values reference).",
+            ours=("embedding_variant",),
+            convert=lambda on: "qr" if on else None,
+        ),
+        Flag(
+            "--qr-threshold",
+            200,
+            "Tables of at most so many rows stay whole; acts with --qr-flag.",
+            int,
+            ("qr_threshold",),
+        ),
+        Flag(
+            "--qr-operation",
+            "mult",
+            "How the vectors of quotient and remainder are joined: mult, add or concat; acts with "
+            "--qr-flag. With concat a feature's vector, and the bottom MLP's last layer, has twice "
+            "--arch-sparse-feature-size, and so have the tables that stay whole, with which the "
+            "reference stops.",
+            _choice("mult", "add", "concat"),
+            ("qr_operation",),
+        ),
+        Flag(
+            "--qr-collisions",
+            4,
+            "Rows of the remainder's table; acts with --qr-flag.",
+            int,
+            ("qr_collisions",),
+        ),
+        Flag(
+            "--md-flag",
+            False,
+            "Give tables of more rows than --md-threshold shorter vectors, projected to "
+            "--arch-sparse-feature-size.",
+            ours=("embedding_variant",),
+            convert=lambda on: "md" if on else None,
+        ),
+        Flag(
+            "--md-threshold",
+            200,
+            "Tables of at most so many rows have whole vectors, with which the reference stops; "
+            "acts with --md-flag.",
+            int,
+            ("md_threshold",),
+        ),
+        Flag(
+            "--md-temperature",
+            0.3,
+            "How fast vectors become shorter with a table's rows; acts with --md-flag.",
+            float,
+            ("md_temperature",),
+        ),
+        Flag(
+            "--md-round-dims",
+            False,
+            "Round the lengths of vectors to powers of 2, with which the reference stops; acts "
+            "with --md-flag.",
+            ours=("md_round_dims",),
+        ),
+        Flag(
+            "--weighted-pooling",
+            None,
+            "Multiply each id's vector by a weight of its own, 1 at first: fixed (it stays 1) or "
+            "learned. Not with --qr-flag, as in the reference; it goes with --md-flag.",
+            _choice("fixed", "learned"),
+            ("weighted_pooling",),
         ),
     ),
     "loss and optimizer": (
@@ -509,30 +577,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--run", "", "Ours: the RUN folder to make; by default runs/reference-NNN.", str),
     ),
     "known but refused": (
-        _refused(
-            "--weighted-pooling",
-            None,
-            "Weighted pooling is not supported yet. Drop it: the vectors of a bag are summed, as "
-            "'fixed' does.",
-        ),
-        *(
-            _refused(f"--md-{name}", default, _MD)
-            for name, default in {
-                "flag": False,
-                "threshold": 200,
-                "temperature": 0.3,
-                "round-dims": False,
-            }.items()
-        ),
-        *(
-            _refused(f"--qr-{name}", default, _QR)
-            for name, default in {
-                "flag": False,
-                "threshold": 200,
-                "operation": "mult",
-                "collisions": 4,
-            }.items()
-        ),
         _refused(
             "--activation-function",
             "relu",

@@ -92,6 +92,11 @@ def parse(arguments: Sequence[str]) -> Request:
     values = read_flags(arguments)
     if values["use_gpu"] and values["use_npu"]:
         raise UserError("--use-gpu and --use-npu name two devices. Choose one.")
+    if values["qr_flag"] and values["md_flag"]:
+        raise UserError(
+            "--qr-flag and --md-flag store the same tables in two ways. Choose one; in a file for "
+            "dlrm train --config each table can have its own."
+        )
     if values["inference_only"] and not values["load_model"]:
         raise UserError("--inference-only needs a model to test. Name one with --load-model.")
 
@@ -100,6 +105,11 @@ def parse(arguments: Sequence[str]) -> Request:
     values = values | {key: FLAGS[key].default for key in idle}
 
     settings = _settings(values)
+    if values["qr_flag"]:
+        settings["qr_initial_values"] = "reference"
+        if values["qr_operation"] == "concat":
+            # The reference's is the length of each of the two vectors.
+            settings["embedding_dim"] *= 2
     source: Path | None = None
     prepare: PrepareConfig | GenerateConfig
     try:
@@ -287,6 +297,14 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
             values["arch_interaction_op"] != "dot",
             "without --arch-interaction-op=dot",
         ),
+        **{
+            f"{variant}_{name}": (not values[f"{variant}_flag"], f"without --{variant}-flag")
+            for variant, names in {
+                "qr": ("threshold", "operation", "collisions"),
+                "md": ("threshold", "temperature", "round_dims"),
+            }.items()
+            for name in names
+        },
         "lr_decay_start_step": (values["lr_num_decay_steps"] == 0, "without --lr-num-decay-steps"),
         "mlperf_acc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
         "mlperf_auc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),

@@ -600,6 +600,7 @@ def _time_and_memory(result: RunResult) -> Table:
         ("training rate", f"{result.samples_per_second:,.0f} samples/s"),
         ("time from start to result", _duration(result.seconds)),
         ("peak memory of the process", f"{result.peak_memory_bytes / 2**30:.2f} GiB"),
+        *_table_size(result),
         ("device", result.device),
         ("kernels", f"{result.kernels}: {result.kernels_reason}"),
         ("training ended", result.stopped),
@@ -607,6 +608,15 @@ def _time_and_memory(result: RunResult) -> Table:
     if result.skipped_steps:
         rows.append(("steps skipped, a gradient was not finite", f"{result.skipped_steps:,}"))
     return Table(("", ""), tuple(rows))
+
+
+def _table_size(result: RunResult) -> list[tuple[str, str]]:
+    if not result.table_bytes:
+        return []
+    size = f"{result.table_bytes / 1e6:,.1f} MB"
+    if result.table_bytes != result.whole_table_bytes:
+        size += f"; a vector for each id would take {result.whole_table_bytes / 1e6:,.1f} MB"
+    return [("embedding tables", size)]
 
 
 def _duration(seconds: float) -> str:

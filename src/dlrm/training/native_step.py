@@ -13,6 +13,7 @@ from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
 from dlrm.model.native import Activations, NativeForward, Stack
 from dlrm.model.native import supports as forward_supports
+from dlrm.model.variants import PoolingWeights, learned_weights
 from dlrm.training.optimizer import EPSILON, Optimizer
 
 RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2}
@@ -48,6 +49,7 @@ class NativeStep:
         self._forward = NativeForward(model)
         self._rule = RULES[optimizer.config.optimizer]
         self._loss = LOSSES[loss.loss]
+        self._pooling = learned_weights(model.sparse_arch)
         self._bag_gradients = torch.empty(0)
         dense, over = self._forward.dense, self._forward.over
         self._carried: dict[Stack, tuple[list[Tensor], list[Tensor]]] = {}
@@ -102,7 +104,8 @@ class NativeStep:
             kept.vectors,
             kept.interaction_gradients,
             len(part),
-            forward.features,
+            forward.table_count,
+            forward.combined,
             forward.dot,
             forward.itself,
             start,
@@ -143,22 +146,46 @@ class NativeStep:
             )
 
     def _update_tables(self, batch: Batch, bag_gradients: Tensor, rate: float) -> None:
+        forward = self._forward
+        lookups = forward.lookups(batch)
+        pooling = self._pooling_gradients(batch, bag_gradients)
         torch.ops.dlrm.tables_update(
             bag_gradients,
-            self._forward.first_rows,
-            batch.sparse_features,
-            batch.offsets,
-            None,
+            forward.first_rows,
+            lookups.ids,
+            lookups.offsets,
+            lookups.weights,
             self._rule,
             rate,
             EPSILON,
-            self._forward.arena,
-            self.optimizer.accumulator,
+            forward.arena,
+            self.optimizer.accumulators.get(forward.tables),
         )
+        if pooling:
+            self.optimizer.step_rows(*pooling, rate)
+
+    def _pooling_gradients(
+        self, batch: Batch, bag_gradients: Tensor
+    ) -> tuple[PoolingWeights, Tensor, Tensor] | None:
+        """Return learned pooling weights' rows, (N,), and gradients, (N, 1): vector · gradient."""
+        pooling = self._pooling
+        if pooling is None:
+            return None
+        ids, offsets, features = batch.sparse_features, batch.offsets, pooling.weighed.numel()
+        bags = torch.arange(len(batch) * features)
+        if offsets is not None:
+            bags = bags.repeat_interleave(offsets.diff())
+        bags_row, feature, ids = bags // features, bags % features, ids.reshape(-1)
+        own = pooling.weighed[feature]
+        bags_row, feature, ids = bags_row[own], feature[own], ids[own]
+        # Weighed tables are whole, and these are the first in the arena, a table a feature.
+        vectors = self._forward.arena[self._forward.first_rows[feature] + ids]
+        gradients = (vectors * bag_gradients[feature, bags_row]).sum(1, keepdim=True)
+        return pooling, pooling.rows_of(ids, feature), gradients
 
     def _bag_gradients_of(self, rows: int) -> Tensor:
-        """Return room for the gradients, (F, B, D), of a batch's bags."""
-        shape = (self._forward.features, rows, self._forward.arena.shape[1])
+        """Return room for the gradients, (T, B, D), of a batch's bags in T tables."""
+        shape = (self._forward.table_count, rows, self._forward.arena.shape[1])
         if self._bag_gradients.numel() < math.prod(shape):
             self._bag_gradients = torch.zeros(math.prod(shape))
         return self._bag_gradients[: math.prod(shape)].view(shape)

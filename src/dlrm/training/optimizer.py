@@ -17,8 +17,10 @@ from torch.optim.sgd import sgd
 from dlrm.config import OptimizerConfig
 from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM
+from dlrm.model.embedding import Arena, SparseArch
 from dlrm.model.fused_tables import FusedTables
 from dlrm.model.mlp import MLP
+from dlrm.model.variants import PoolingWeights, weights_name
 from dlrm.ops.library import advise_huge_pages
 from dlrm.ops.rounding import random_bits, round_stochastically
 
@@ -55,14 +57,14 @@ class Optimizer:
     """Moves a model's weights along their gradients.
 
     Args:
-        model: Its ``sparse_arch.arena`` has a sparse gradient, everything else a dense one.
+        model: The arenas of its tables have a sparse gradient, everything else a dense one.
         config: The rule and its rates.
         seed: Fixes, with ``steps``, how values of narrow tables are rounded.
 
     Attributes:
         steps: Steps that were begun, those before a continued checkpoint included.
-        accumulator: The sums of squares of the arena's gradients: of its shape for Adagrad, one a
-            row for row-wise Adagrad, None for SGD.
+        accumulators: Of each arena the sums of squares of its gradients: of its shape for Adagrad,
+            one a row for row-wise Adagrad, empty for SGD.
     """
 
     def __init__(self, model: DLRM, config: OptimizerConfig, seed: int = 0) -> None:
@@ -71,24 +73,31 @@ class Optimizer:
         self.steps = 0
         self._fused: FusedTables | None = None
         self._sparse_arch = model.sparse_arch
+        self._fixed = [each.name for each in model.tables if each.weighted_pooling == "fixed"]
+        tables = {each.arena for each in model.sparse_arch.modules() if isinstance(each, Arena)}
         self._dense = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if parameter is not model.sparse_arch.arena
+            if parameter not in tables
         }
         self._sums: dict[Tensor, Tensor] = {}  # of a dense weight's squared gradients
         if config.optimizer != "sgd":
             for parameter in self._dense.values():
                 self._sums[parameter] = torch.zeros_like(parameter, requires_grad=False)
-        arena = model.sparse_arch.arena
-        self.accumulator: Tensor | None = None
-        if config.optimizer == "adagrad":
-            precise = torch.promote_types(arena.dtype, torch.float32)
-            self.accumulator = torch.zeros_like(arena, dtype=precise, requires_grad=False)
-        elif config.optimizer == "rowwise_adagrad":
-            self.accumulator = torch.zeros(arena.shape[0], device=arena.device)
-        if self.accumulator is not None:
-            advise_huge_pages(self.accumulator)
+        self.accumulators: dict[Arena, Tensor] = {}
+        if config.optimizer != "sgd":
+            for arena in self._sparse_arch.arenas:
+                self.accumulators[arena] = self._new_accumulator(arena)
+                advise_huge_pages(self.accumulators[arena])
+
+    def _new_accumulator(self, arena: Arena) -> Tensor:
+        table = arena.arena
+        # The reference's row-wise Adagrad is Adagrad on what is no table; of one number a row both
+        # are the same, but for the state's name.
+        if self.config.optimizer == "rowwise_adagrad" and not isinstance(arena, PoolingWeights):
+            return torch.zeros(table.shape[0], device=table.device)
+        precise = torch.promote_types(table.dtype, torch.float32)
+        return torch.zeros_like(table, dtype=precise, requires_grad=False)
 
     def dense_sums(self, mlp: MLP) -> tuple[list[Tensor], list[Tensor]]:
         """Return the sums of squares of an MLP's weights and biases, by layer; nothing for SGD."""
@@ -102,9 +111,10 @@ class Optimizer:
 
     def fuse_tables(self) -> None:
         """Let fbgemm look tables up, and update them while gradients are computed."""
-        accumulator, rule = self.accumulator, self.config.optimizer
-        self._fused = FusedTables(self._sparse_arch, rule, accumulator, EPSILON)
-        self._sparse_arch.fused = self._fused
+        sparse_arch, rule = self._sparse_arch, self.config.optimizer
+        assert isinstance(sparse_arch, SparseArch)
+        self._fused = FusedTables(sparse_arch, rule, self.accumulators.get(sparse_arch), EPSILON)
+        sparse_arch.fused = self._fused
 
     def begin_step(self, rate: float) -> None:
         """Forget all gradients, and count a step.
@@ -117,12 +127,14 @@ class Optimizer:
             self._fused.set_rate(rate)
         for parameter in self._dense.values():
             parameter.grad = None
-        self._sparse_arch.forget_gradient()
+        for arena in self._sparse_arch.arenas:
+            arena.forget_gradient()
 
     @property
     def param_groups(self) -> list[dict[str, list[Tensor]]]:
         """All that has a gradient, as ``torch.amp.GradScaler`` asks an optimizer for it."""
-        return [{"params": [*self._dense.values(), self._sparse_arch.gradient_holder]}]
+        holders = [arena.gradient_holder for arena in self._sparse_arch.arenas]
+        return [{"params": [*self._dense.values(), *holders]}]
 
     @torch.no_grad()
     def step(self, rate: float) -> bool:
@@ -135,9 +147,10 @@ class Optimizer:
             True: that is how a caller knows that a gradient scaler has not skipped it.
         """
         self._step_dense(rate)
-        gradient = self._sparse_arch.gradient()
-        if gradient is not None:
-            self._step_tables(*gradient, rate)
+        for arena in self._sparse_arch.arenas:
+            gradient = arena.gradient()
+            if gradient is not None:
+                self.step_rows(arena, *gradient, rate)
         return True
 
     def _step_dense(self, rate: float) -> None:
@@ -168,45 +181,33 @@ class Optimizer:
                 maximize=False,
             )
 
-    def _step_tables(self, rows: Tensor, gradients: Tensor, rate: float) -> None:
-        """Update the arena.
+    @torch.no_grad()
+    def step_rows(self, arena: Arena, rows: Tensor, gradients: Tensor, rate: float) -> None:
+        """Move rows of an arena.
 
         Args:
+            arena: One of the model's.
             rows: (N,), rows of the arena, with repeats.
             gradients: (N, D), the gradient that each lookup of a row received.
             rate: The learning rate.
         """
-        arena = self._sparse_arch.arena
-        is_narrow = self._sparse_arch.is_narrow
-        if self.accumulator is None and not is_narrow:
-            arena.scatter_add_(0, rows.unsqueeze(1).expand_as(gradients), gradients * -rate)
+        table, accumulator = arena.arena, self.accumulators.get(arena)
+        if accumulator is None and not arena.is_narrow:
+            table.scatter_add_(0, rows.unsqueeze(1).expand_as(gradients), gradients * -rate)
             return
         # An adaptive rule squares gradients, and a narrow table is rounded once a step, so the
         # gradients of one row are summed first.
         rows, inverse = torch.unique(rows, return_inverse=True)
-        summed = torch.zeros(rows.numel(), gradients.shape[1], device=arena.device).scatter_add_(
+        summed = torch.zeros(rows.numel(), gradients.shape[1], device=table.device).scatter_add_(
             0, inverse.unsqueeze(1).expand_as(gradients), gradients
         )
-        change = rate * (summed if self.accumulator is None else self._normalize(rows, summed))
-        if is_narrow:
-            moved = arena[rows].float() - change
-            bits = random_bits(self.seed, self.steps, rows, arena.shape[1])
-            arena[rows] = round_stochastically(moved, bits, arena.dtype)
+        change = rate * (summed if accumulator is None else _normalize(accumulator, rows, summed))
+        if arena.is_narrow:
+            moved = table[rows].float() - change
+            bits = random_bits(self.seed, self.steps, rows, table.shape[1])
+            table[rows] = round_stochastically(moved, bits, table.dtype)
         else:
-            arena[rows] -= change
-
-    def _normalize(self, rows: Tensor, summed: Tensor) -> Tensor:
-        """Accumulate the squares of gradients, and divide these by the sums' roots."""
-        assert self.accumulator is not None
-        squares = summed.square()
-        if self.accumulator.dim() == 1:
-            squares = squares.mean(1)
-        accumulated = self.accumulator[rows] + squares
-        self.accumulator[rows] = accumulated
-        deviation = accumulated.sqrt() + EPSILON
-        if self.accumulator.dim() == 1:
-            deviation = deviation.unsqueeze(1)
-        return summed / deviation
+            table[rows] -= change
 
     def state(self) -> dict[str, Tensor]:
         """Return ``NAME.sum``, or ``NAME.row_sum`` with one number a row; nothing for SGD."""
@@ -215,10 +216,10 @@ class Optimizer:
             for name, parameter in self._dense.items()
             if parameter in self._sums
         }
-        if self.accumulator is not None:
-            kind = "row_sum" if self.accumulator.dim() == 1 else "sum"
-            parts = self._sparse_arch.split(self.accumulator)
-            for name, part in zip(self._sparse_arch.table_names(), parts, strict=True):
+        for arena, accumulator in self.accumulators.items():
+            kind = "row_sum" if accumulator.dim() == 1 else "sum"
+            names = self._sparse_arch.arenas[arena]
+            for name, part in zip(names, arena.split(accumulator), strict=True):
                 state[f"sparse_arch.{name}.{kind}"] = part
         return state
 
@@ -229,6 +230,9 @@ class Optimizer:
         Raises:
             UserError: It belongs to another optimizer or architecture.
         """
+        # Weights that were learned and are fixed now have a state no more.
+        fixed = {f"sparse_arch.{weights_name(name)}.sum" for name in self._fixed}
+        state = {name: value for name, value in state.items() if name not in fixed}
         expected = self.state()
         for name in sorted(expected.keys() | state.keys()):
             shape = tuple(expected[name].shape) if name in expected else "no such tensor"
@@ -240,3 +244,16 @@ class Optimizer:
                     "and model options that the checkpoint was trained with."
                 )
             expected[name].copy_(state[name])
+
+
+def _normalize(accumulator: Tensor, rows: Tensor, summed: Tensor) -> Tensor:
+    """Accumulate the squares of rows' gradients, and divide these by the sums' roots."""
+    squares = summed.square()
+    if accumulator.dim() == 1:
+        squares = squares.mean(1)
+    accumulated = accumulator[rows] + squares
+    accumulator[rows] = accumulated
+    deviation = accumulated.sqrt() + EPSILON
+    if accumulator.dim() == 1:
+        deviation = deviation.unsqueeze(1)
+    return summed / deviation

@@ -44,7 +44,7 @@ def choose_step(model: DLRM, optimizer: Optimizer, loss: LossConfig, amp: Amp = 
     )
     if fuses:
         optimizer.fuse_tables()
-    if model.sparse_arch.arena.device.type != "cpu":
+    if model.device.type != "cpu":
         step.reason = f"{reason}; {tables}"
     return step
 
@@ -77,7 +77,7 @@ class EagerStep:
         self.loss = loss
         self.amp: Amp = amp
         self.reason = reason
-        self.device = model.sparse_arch.arena.device
+        self.device = model.device
         self.scaler = gradient_scaler(self.device, amp)
         self.skipped_steps = 0
 

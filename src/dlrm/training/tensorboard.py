@@ -120,8 +120,7 @@ class TensorBoard(Events):
         counts, clicks = count_ids(self._data, schema, index)
         ids = np.argsort(-counts, kind="stable")[: tracking.tensorboard_projector_rows]
         ids = ids[counts[ids] > 0]
-        table = model.sparse_arch.split(model.sparse_arch.arena.detach())[index]
-        vectors = table[torch.from_numpy(ids).to(table.device)].float().cpu().numpy()
+        vectors = vectors_of(model, index, torch.from_numpy(ids)).cpu().numpy()
         values = values_of(self._run, index, ids)
         with atomic_write(self._folder / "tensors.tsv") as file:
             np.savetxt(file, vectors, fmt="%.9g", delimiter="\t")
@@ -172,6 +171,16 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{name}/{index}", each)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, float(value)
+
+
+@torch.no_grad()
+def vectors_of(model: DLRM, index: int, ids: torch.Tensor) -> torch.Tensor:
+    """Return the vectors, (N, D), that ids of a sparse feature meet the other features with."""
+    lengths = torch.zeros(len(ids), len(model.tables), dtype=torch.int64)
+    lengths[:, index] = 1
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.view(-1).cumsum(0)])
+    vectors: torch.Tensor = model.sparse_arch(ids.to(model.device), offsets.to(model.device))
+    return vectors[:, index]
 
 
 def count_ids(

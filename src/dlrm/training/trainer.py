@@ -30,7 +30,7 @@ from dlrm.data.dataset import Dataset
 from dlrm.device import random_state, set_random_state
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
-from dlrm.model.dlrm import DLRM, initialize
+from dlrm.model.dlrm import DLRM, initialize, whole_table_bytes
 from dlrm.predictions import PredictionsWriter
 from dlrm.runs import (
     Run,
@@ -111,6 +111,16 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # dropout
         self.model = DLRM(run.schema, config.model, device=device)
+        whole, stored = (
+            whole_table_bytes(run.schema, config.model),
+            self.model.sparse_arch.table_bytes,
+        )
+        if stored != whole:
+            logger.info(
+                "the embedding tables take %.1f MB; each whole, they would take %.1f MB",
+                stored / 1e6,
+                whole / 1e6,
+            )
         self.optimizer = Optimizer(self.model, config.optimizer, config.seed)
         self.position = Position()
         scaler_state = None
@@ -369,6 +379,8 @@ class Trainer:
             versions=versions(),
             hardware=hardware(self.device),
             skipped_steps=self.step.skipped_steps,
+            table_bytes=self.model.sparse_arch.table_bytes,
+            whole_table_bytes=whole_table_bytes(run.schema, config.model),
         )
         finish = Finish(self.position, result, self.model)
         for listener in self.listeners:
@@ -378,7 +390,8 @@ class Trainer:
 
     def draw_weights(self) -> None:
         """Draw the initial weights as the reference does."""
-        initialize(self.model, self._initial_random_state())
+        generator = torch.Generator().manual_seed(self.config.seed)
+        initialize(self.model, self._initial_random_state(), generator)
 
     def _initial_random_state(self) -> np.random.RandomState:
         """Return the generator from which the reference would draw its weights."""
