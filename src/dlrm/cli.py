@@ -489,6 +489,44 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a run's model for other programs, as ONNX.
+
+    FOLDER gets model.onnx, of plain operators, and model.onnx.data with the weights where these
+    take more than 512 MiB. Its inputs are what the model's are: dense features after their
+    transform, ids of all rows' bags with their offsets. It appears when onnxruntime gives the
+    model's probabilities with it, on rows of the run's DATASET or made-up ones.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """What `dlrm train` made."""
+    folder: tyro.conf.Positional[Path]
+    """The folder to make."""
+    format: Literal["onnx"] = "onnx"
+    """What to write."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best on validation, or the newest."""
+    one_id: bool = False
+    """Take one id a feature, a matrix, -1 for none, instead of bags of any length."""
+    dataset: Path | None = None
+    """Where the run's DATASET is now; by default where it was."""
+
+    def execute(self) -> None:
+        """Export and print what was written, and the largest difference."""
+        from dlrm.bundle.export import export
+
+        _print_json(
+            export(
+                self.run,
+                self.folder,
+                checkpoint=self.checkpoint,
+                one_id=self.one_id,
+                dataset=self.dataset,
+            )
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Write one HTML page about a run, of a DLRM or a baseline, that any browser shows offline.
 
@@ -576,6 +614,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "compare": (Compare, "tell whether runs differ beyond noise"),
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
+    "export": (Export, "write a run's model as ONNX, for other programs"),
     "report": (Report, "write one HTML page about a run"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),

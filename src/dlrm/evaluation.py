@@ -118,13 +118,7 @@ def evaluate(
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}. Splits: {', '.join(SPLITS)}.")
     opened = Run.open(Path(run))
-    data = Dataset.open(Path(dataset) if dataset else opened.dataset)
-    if data.schema.fingerprint != opened.schema.fingerprint:
-        raise UserError(
-            f"{data.path} is not the DATASET that {run} was trained on: its fingerprint is "
-            f"{data.schema.fingerprint}, expected {opened.schema.fingerprint}. Name the right one "
-            "with --dataset, or prepare it again with the same options."
-        )
+    data = opened.open_dataset(Path(dataset) if dataset else None)
     model = opened.load_model(checkpoint, open_device(device, local_rank))
     given: dict[str, Any] = {
         "amp": amp,

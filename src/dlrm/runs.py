@@ -23,6 +23,7 @@ from dlrm.config import (
     read_any_run_config,
     read_run_config,
 )
+from dlrm.data.dataset import Dataset
 from dlrm.device import available_cores
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, read_json, write_json
@@ -107,6 +108,24 @@ class AnyRun:
             return msgspec.convert(content, RunResult)
         except (msgspec.ValidationError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
+
+    def open_dataset(self, place: Path | None = None) -> Dataset:
+        """Open the DATASET that the run was trained on.
+
+        Args:
+            place: Where it is now; None: where it was.
+
+        Raises:
+            UserError: It is not there, or is another.
+        """
+        data = Dataset.open(place or self.dataset)
+        if data.schema.fingerprint != self.schema.fingerprint:
+            raise UserError(
+                f"{data.path} is not the DATASET that {self.path} was trained on: its fingerprint "
+                f"is {data.schema.fingerprint}, expected {self.schema.fingerprint}. Name the right "
+                "one with --dataset, or prepare it again with the same options."
+            )
+        return data
 
     def log(self) -> list[dict[str, Any]]:
         """Read the events of ``log.jsonl`` in their order; none where there is no log.

@@ -84,8 +84,8 @@ def test_the_default_of_a_refused_flag_asks_for_nothing(flag: Flag) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    with pytest.raises(UserError, match=r"(?s)--save-onnx: .*--debug-mode: "):
-        read_flags([DATASET, "--debug-mode", "--save-onnx"])
+    with pytest.raises(UserError, match=r"(?s)--memory-map: .*--debug-mode: "):
+        read_flags([DATASET, "--debug-mode", "--memory-map"])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,24 @@ def test_a_model_is_saved_and_tested_again(
     assert f" accuracy {best[1]} %, best {best[1]} %" in again
 
 
+@pytest.mark.parametrize(
+    "kind", ["--qr-flag --qr-threshold=4", "--md-flag --md-threshold=3", "--weighted-pooling=fixed"]
+)
+def test_the_final_model_is_written_as_onnx(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--mini-batch-size=10 --data-size=95 --num-indices-per-lookup=3 {kind} --save-onnx"
+    lines = run(flags, tmp_path, capsys)
+    bundle = tmp_path / "run" / "bundle"
+    assert f"dlrm export {bundle.parent} {bundle} --checkpoint newest" in lines
+    assert re.fullmatch(
+        rf"# {bundle / 'model.onnx'}: in onnxruntime, probabilities of 95 rows differ by up to "
+        r"\d\.\de-\d\d",
+        lines[-1],
+    )
+    assert [path.name for path in bundle.iterdir()] == ["model.onnx"]
+
+
 def test_synthetic_rows_follow_the_traces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

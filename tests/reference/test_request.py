@@ -178,6 +178,13 @@ def test_the_commands_mean_the_same(flags: str) -> None:
     assert train.options == asked.train
 
 
+def test_the_command_of_an_export() -> None:
+    asked = request("--save-onnx --run=r")
+    assert cli.parse(shlex.split(asked.commands()[2])[1:]) == cli.Export(
+        Path("r"), Path("r/bundle"), checkpoint="newest"
+    )
+
+
 def test_the_command_of_inference() -> None:
     asked = request("--inference-only --load-model=m.pt --run=r --use-npu --local_rank=2")
     evaluate = cli.parse(shlex.split(asked.commands()[1])[1:])

@@ -549,6 +549,11 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "Write a .pt that the reference can load whenever a test is the best so far.",
             str,
         ),
+        Flag(
+            "--save-onnx",
+            False,
+            "Write the final model as ONNX into RUN/bundle, as `dlrm export` does.",
+        ),
         Flag("--inference-only", False, "Test --load-model once, without training."),
         Flag(
             "--tensor-board-filename",
@@ -614,11 +619,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 "Quantization is not supported yet. Use 32, or drop it.",
             )
             for what in ("mlp", "emb")
-        ),
-        _refused(
-            "--save-onnx",
-            False,
-            "Export to ONNX is not supported yet. Drop it; --save-model keeps the weights.",
         ),
         _refused(
             "--debug-mode",

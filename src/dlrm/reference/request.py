@@ -56,6 +56,8 @@ class Request:
     """A .pt to start from; ``train.continue_from`` is what it is converted to."""
     save_model: Path | None
     """Where a .pt of the best test goes."""
+    save_onnx: Path | None
+    """The folder where the model goes as ONNX."""
     inference_only: bool
     mlperf_logging: bool
     print_time: bool
@@ -76,7 +78,10 @@ class Request:
                 second += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
         else:
             second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
-        return [shlex.join(first), shlex.join(second)]
+        commands = [first, second]
+        if self.save_onnx:
+            commands.append(["dlrm", "export", run, str(self.save_onnx), "--checkpoint", "newest"])
+        return [shlex.join(command) for command in commands]
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -146,6 +151,7 @@ def parse(arguments: Sequence[str]) -> Request:
             run=run,
             load_model=_optional_path(values["load_model"]),
             save_model=_optional_path(values["save_model"]),
+            save_onnx=run / "bundle" if values["save_onnx"] else None,
             inference_only=values["inference_only"],
             mlperf_logging=values["mlperf_logging"],
             print_time=values["print_time"],

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from dlrm.bundle.export import export, refuse_missing_packages
 from dlrm.checkpoint import save_checkpoint
 from dlrm.config import GenerateConfig, PrepareConfig, write_config
 from dlrm.data.dataset import Dataset, copy_description
@@ -51,6 +52,8 @@ def _run(request: Request) -> None:
             f"--save-model: {request.save_model.parent} is not a folder. Make it, or choose "
             "another place."
         )
+    if request.save_onnx:
+        refuse_missing_packages()
     loaded = read_checkpoint(request.load_model) if request.load_model else None
     device = open_device(request.train.device, request.train.local_rank)
     _announce(request, str(device))
@@ -82,16 +85,23 @@ def _run(request: Request) -> None:
         log.report_test(result.metrics)
     else:
         _continue(loaded, request, data, log)
+    if request.save_onnx:
+        exported = export(request.run, request.save_onnx, checkpoint="newest")
+        say(
+            f"# {request.save_onnx / 'model.onnx'}: in onnxruntime, probabilities of "
+            f"{exported.compared_rows} rows differ by up to {exported.largest_difference:.1e}"
+        )
 
 
 def _announce(request: Request, device: str) -> None:
     say("# The same in our own commands:")
-    prepare_command, second_command = request.commands()
+    prepare_command, *others = request.commands()
     say(prepare_command)
     if request.load_model:
         target = request.run if request.inference_only else request.train.continue_from
         say(f"# ({request.load_model} is converted to {target} here; no command does that)")
-    say(second_command)
+    for command in others:
+        say(command)
     for note in request.notes:
         say(f"# note: {note}")
     say("Using CPU..." if device == "cpu" else f"Using {device}...")
