@@ -29,6 +29,7 @@ from dlrm.config import (
     DeviceKind,
     GenerateConfig,
     PrepareConfig,
+    QuantizationConfig,
     SynthesizeConfig,
     TableConfig,
     TrainConfig,
@@ -348,6 +349,10 @@ class Evaluate:
     """The most memory that the metrics take (see dlrm train); None: as in training."""
     decision_threshold: float | None = None
     """Of precision, recall and F1 (see dlrm train); None: as in training."""
+    quantize_mlp_with_bit: Literal[8, 16, 32] = 32
+    """Of the layers' weights. 8: integers; 16: bfloat16; 32: as in training."""
+    quantize_emb_with_bit: Literal[4, 8, 32] = 32
+    """Of the embedding tables: integers with a scale and a bias a row; 32: as in training."""
 
     def execute(self) -> None:
         """Evaluate and print the metrics."""
@@ -363,6 +368,7 @@ class Evaluate:
             amp=self.amp,
             evaluation_memory=self.evaluation_memory,
             decision_threshold=self.decision_threshold,
+            quantization=QuantizationConfig(self.quantize_mlp_with_bit, self.quantize_emb_with_bit),
         )
         _print_json(
             {
@@ -370,6 +376,8 @@ class Evaluate:
                 "checkpoint": self.checkpoint,
                 **dataclasses.asdict(result.metrics),
                 "unknown_ids": result.unknown_ids,
+                "samples_per_second": round(result.samples_per_second, 1),
+                **({"quantization": result.quantization} if result.quantization else {}),
             }
         )
 
@@ -473,6 +481,10 @@ class Predict:
     """Which card of that kind."""
     amp: Amp | None = None
     """Mixed precision (see dlrm train); None: as in training."""
+    quantize_mlp_with_bit: Literal[8, 16, 32] = 32
+    """Of the layers' weights. 8: integers; 16: bfloat16; 32: as in training."""
+    quantize_emb_with_bit: Literal[4, 8, 32] = 32
+    """Of the embedding tables: integers with a scale and a bias a row; 32: as in training."""
 
     def execute(self) -> None:
         """Predict and print a summary."""
@@ -484,6 +496,7 @@ class Predict:
             device=self.device,
             local_rank=self.local_rank,
             amp=self.amp,
+            quantization=QuantizationConfig(self.quantize_mlp_with_bit, self.quantize_emb_with_bit),
         )
         _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
 

@@ -99,6 +99,8 @@ def test_all_refusals_come_at_once() -> None:
         (["--arch-mlp-bot=13-x"], "expected integers as in 13-512-16, got '13-x'"),
         (["--loss-weights=1"], "expected two numbers as in 0.4-1.6, got '1'"),
         (["--loss-weights=1-a"], "expected two numbers as in 0.4-1.6, got '1-a'"),
+        (["--quantize-mlp-with-bit=4"], "expected 8 or 16 or 32, got '4'"),
+        (["--quantize-emb-with-bit=16"], "expected 4 or 8 or 32, got '16'"),
         (["--round-targets=maybe"], "expected True or False, got 'maybe'"),
         (["--loss-function=hinge"], "expected mse or bce or wbce, got 'hinge'"),
         (["--mlperf-logging=True"], "--mlperf-logging: ignored explicit argument 'True'"),

@@ -79,12 +79,19 @@ def test_a_model_is_saved_and_tested_again(
     saved = f"{tmp_path / 'model.pt'}"
     trained = run(f"{flags} --nepochs=2 --test-freq=10 --save-model={saved}", tmp_path, capsys)
     (tmp_path / "run").rename(tmp_path / "first")
-    again = run(f"{flags} --load-model={saved} --inference-only", tmp_path, capsys)
+    again = run(
+        f"{flags} --load-model={saved} --inference-only --quantize-emb-with-bit=8", tmp_path, capsys
+    )
     # Soft labels: above 0.5 they count as clicks.
     tests = [line for line in trained if line.startswith(" accuracy")]
     best = re.search(r"best ([\d.]+) %", tests[-1])
     assert best
     assert f" accuracy {best[1]} %, best {best[1]} %" in again
+    assert re.fullmatch(
+        # Vectors of 2 float32 become 2 codes beside scale and bias: tables this narrow grow.
+        r"# quantized: tables 90 of 72 bytes, MLPs 288 of 288; AUC [+-]0\.\d{6} \(95% .*\)",
+        again[-1],
+    )
 
 
 @pytest.mark.parametrize(

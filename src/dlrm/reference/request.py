@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dlrm.config import GenerateConfig, PrepareConfig, Shuffle, TrainConfig, read_run_config
+from dlrm.config import (
+    GenerateConfig,
+    PrepareConfig,
+    QuantizationConfig,
+    Shuffle,
+    TrainConfig,
+    read_run_config,
+)
 from dlrm.errors import UserError
 from dlrm.reference.flags import FLAGS, read_flags
 
@@ -59,6 +66,8 @@ class Request:
     save_onnx: Path | None
     """The folder where the model goes as ONNX."""
     inference_only: bool
+    quantization: QuantizationConfig
+    """Of the model that inference tests."""
     mlperf_logging: bool
     print_time: bool
     print_wall_time: bool
@@ -76,6 +85,7 @@ class Request:
             second = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
             for field in ("device", "local_rank"):
                 second += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
+            second += _options(self.quantization)
         else:
             second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
         commands = [first, second]
@@ -152,6 +162,7 @@ def parse(arguments: Sequence[str]) -> Request:
             load_model=_optional_path(values["load_model"]),
             save_model=_optional_path(values["save_model"]),
             save_onnx=run / "bundle" if values["save_onnx"] else None,
+            quantization=_build(QuantizationConfig, settings),
             inference_only=values["inference_only"],
             mlperf_logging=values["mlperf_logging"],
             print_time=values["print_time"],
@@ -321,6 +332,10 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
         "tensor_board_filename": (
             values["inference_only"],
             "with --inference-only: nothing is trained",
+        ),
+        **dict.fromkeys(
+            ("quantize_mlp_with_bit", "quantize_emb_with_bit"),
+            (not values["inference_only"], "without --inference-only"),
         ),
         "local_rank": (
             not values["use_gpu"] and not values["use_npu"] and values["local_rank"] > 0,

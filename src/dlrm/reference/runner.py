@@ -81,8 +81,16 @@ def _run(request: Request) -> None:
             checkpoint="newest",
             device=config.device,
             local_rank=config.local_rank,
+            quantization=request.quantization,
         )
         log.report_test(result.metrics)
+        if told := result.quantization:
+            low, high = told.auc_difference_interval
+            say(
+                f"# quantized: tables {told.table_bytes:,} of {told.full_table_bytes:,} bytes, "
+                f"MLPs {told.layer_bytes:,} of {told.full_layer_bytes:,}; AUC "
+                f"{told.auc_difference:+.6f} (95% interval {low:+.6f} to {high:+.6f})"
+            )
     else:
         _continue(loaded, request, data, log)
     if request.save_onnx:
