@@ -25,8 +25,9 @@ check ruff check
 check mypy
 check lint-imports
 check codespell
-# Last, so that its summary closes the output.
-check pytest "$@"
+# Two at a time, since most tests compute on one thread; with more, those that compute on all cores
+# would wait for each other. Last, so that its summary closes the output.
+check pytest --numprocesses 2 --dist worksteal "$@"
 
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}" >&2

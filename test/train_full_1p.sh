@@ -71,7 +71,7 @@ dlrm reference --run="$run" \
   --mlperf-logging --test-freq=10240 --print-freq=100 --print-time \
   ${flags[@]+"${flags[@]}"}
 
-if [[ -f $data_path/test.txt ]]; then
+if [[ -s $data_path/test.txt ]]; then
   # By the checkpoint that the last test was of, not by the one that chose itself on test.
   dlrm predict "$run" "$data_path/test.txt" "$run/submission.csv" --checkpoint newest >/dev/null
   echo "predictions of test.txt: $run/submission.csv"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,16 +111,44 @@ class Warm:
 
 @pytest.fixture(scope="session")
 def start_warm() -> Iterator[Callable[..., Warm]]:
-    """A function that starts a warm process, which ends with the tests."""
-    started: list[Warm] = []
+    """A function that starts a warm process, one of a kind, which ends with the tests."""
+    started: dict[tuple[Path, ...], Warm] = {}
 
     def start(driver: Path, *arguments: Path) -> Warm:
-        started.append(Warm(driver, *arguments))
-        return started[-1]
+        kind = (driver, *arguments)
+        if kind not in started:
+            started[kind] = Warm(*kind)
+        return started[kind]
 
     yield start
-    for each in started:
+    for each in started.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def quick_dlrm(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """Variables under which ``dlrm`` is quick to start and its threads do not wait busily."""
+    folder = tmp_path_factory.mktemp("bin")
+    path, program = folder / "socket", repository / "tests" / "warm_dlrm.py"
+    variables = os.environ | {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",  # two of them may run at a time
+        "OMP_WAIT_POLICY": "passive",
+    }
+    command = shlex.join([sys.executable, "-S", "-E", str(program), "call", str(path)])
+    (folder / "dlrm").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    (folder / "dlrm").chmod(0o755)
+    server = subprocess.Popen([sys.executable, program, "serve", path], env=variables)
+    try:
+        while not path.exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield variables
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture(params=["native", "plain"])

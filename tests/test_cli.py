@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,23 @@ SMALL = (
 ).split()
 
 
-def run_dlrm(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+RunDlrm = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dlrm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def run_dlrm(quick_dlrm: dict[str, str]) -> RunDlrm:
+    """The same without the seconds that importing PyTorch takes each time."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["dlrm", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=quick_dlrm, check=False)
+
+    return run
 
 
 def error_of(result: subprocess.CompletedProcess[str], status: int) -> str:
@@ -35,7 +50,9 @@ def error_of(result: subprocess.CompletedProcess[str], status: int) -> str:
     return lines[0]
 
 
-def test_all_stages_by_hand_and_in_one_go_agree(raw_rows: Path, tmp_path: Path) -> None:
+def test_all_stages_by_hand_and_in_one_go_agree(
+    run_dlrm: RunDlrm, raw_rows: Path, tmp_path: Path
+) -> None:
     prepared = run_dlrm("prepare", raw_rows, tmp_path / "dataset")
     assert prepared.returncode == 0, prepared.stderr
     assert json.loads(prepared.stdout)["rows"]["train"] > 2500
@@ -49,7 +66,7 @@ def test_all_stages_by_hand_and_in_one_go_agree(raw_rows: Path, tmp_path: Path) 
     predicted = run_dlrm("predict", tmp_path / "run", raw_rows / "test.txt", tmp_path / "out.csv")
     assert json.loads(predicted.stdout)["rows"] == 300
 
-    everything = run_dlrm("run", raw_rows, tmp_path / "all", *SMALL)
+    everything = run_process("run", raw_rows, tmp_path / "all", *SMALL)
     assert everything.returncode == 0, everything.stderr
     assert "plan: train.txt, " in everything.stderr
     checkpoint = "checkpoints/best.safetensors"
@@ -86,7 +103,9 @@ def test_made_up_rows_are_generated_measured_and_drawn_again(
     assert execute("generate", other, "--overwrite", *sizes)["rows"] != made["rows"]
 
 
-def test_a_runs_own_configuration_repeats_it(dataset: Path, tmp_path: Path) -> None:
+def test_a_runs_own_configuration_repeats_it(
+    run_dlrm: RunDlrm, dataset: Path, tmp_path: Path
+) -> None:
     first = run_dlrm("train", dataset, "--run", tmp_path / "a", *SMALL, "--learning-rate", "0.3")
     assert first.returncode == 0, first.stderr
     config = tmp_path / "a/config.toml"
@@ -114,7 +133,9 @@ def test_a_runs_own_configuration_repeats_it(dataset: Path, tmp_path: Path) -> N
         ("format_version = '9.0'", "format version '9.0'; this dlrm reads"),
     ],
 )
-def test_a_wrong_configuration_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_a_wrong_configuration_file_is_refused(
+    run_dlrm: RunDlrm, tmp_path: Path, content: str, message: str
+) -> None:
     (tmp_path / "c.toml").write_text(content)
     result = run_dlrm("train", "d", "--run", "r", "--config", tmp_path / "c.toml")
     assert message in error_of(result, 2)
@@ -166,23 +187,23 @@ def test_a_resolved_configuration_has_every_default(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_command_and_is_quick_to_import() -> None:
-    overview = run_dlrm("--help")
+    overview = run_process("--help")
     assert overview.returncode == 0
     for verb in cli._VERBS:
         assert f"\n  {verb} " in overview.stdout
-    assert run_dlrm().returncode == 2
+    assert run_process().returncode == 2
     script = "import sys, dlrm.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("verb", cli._VERBS)
-def test_every_command_has_help(verb: str) -> None:
+def test_every_command_has_help(run_dlrm: RunDlrm, verb: str) -> None:
     result = run_dlrm(verb, "--help")
     assert result.returncode == 0
     assert f"dlrm {verb}" in result.stdout
 
 
-def test_wrong_commands_and_options_end_with_2(tmp_path: Path) -> None:
+def test_wrong_commands_and_options_end_with_2(run_dlrm: RunDlrm, tmp_path: Path) -> None:
     assert "no command 'trainn'" in error_of(run_dlrm("trainn"), 2)
     assert run_dlrm("train", tmp_path, "--run", "r", "--epochs", "x").returncode == 2
     assert run_dlrm("train", tmp_path, "--run", "r", "--epohcs", "1").returncode == 2
@@ -192,7 +213,7 @@ def test_wrong_commands_and_options_end_with_2(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_a_missing_device_ends_with_3(dataset: Path, tmp_path: Path) -> None:
+def test_a_missing_device_ends_with_3(run_dlrm: RunDlrm, dataset: Path, tmp_path: Path) -> None:
     result = run_dlrm("train", dataset, "--run", tmp_path / "r", "--device", "npu")
     assert "torch_npu cannot be imported" in error_of(result, 3)
     assert not (tmp_path / "r").exists()
@@ -230,7 +251,7 @@ def test_parse_refuses_an_unknown_command() -> None:
         cli.parse(["x"])
 
 
-def test_a_whole_run_can_be_moved(raw_rows: Path, tmp_path: Path) -> None:
+def test_a_whole_run_can_be_moved(run_dlrm: RunDlrm, raw_rows: Path, tmp_path: Path) -> None:
     made = run_dlrm("run", raw_rows, tmp_path / "run", *SMALL)
     assert made.returncode == 0, made.stderr
     before = run_dlrm("evaluate", tmp_path / "run")
@@ -252,7 +273,9 @@ def test_a_signal_during_start_up_ends_the_process_at_once(dataset: Path, tmp_pa
         shutil.rmtree(tmp_path / "r", ignore_errors=True)
 
 
-def test_an_interrupted_run_is_named_as_such(dataset: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_named_as_such(
+    run_dlrm: RunDlrm, dataset: Path, tmp_path: Path
+) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r/config.toml").write_text(f"dataset = {str(dataset)!r}\n")
     message = error_of(run_dlrm("train", dataset, "--run", tmp_path / "r"), 2)

@@ -9,21 +9,16 @@ What a page's fence says beside the language decides:
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dlrm.cli import parse
-from dlrm.device import available_cores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -94,54 +89,9 @@ def run_blocks(page: Path, folder: Path, environment: dict[str, str]) -> None:
         assert result.returncode == 0, f"{block} failed:\n{block.text}\n{result.stdout}"
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Variables under which ``dlrm`` is quick to start and its threads do not wait busily."""
-    folder = tmp_path_factory.mktemp("bin")
-    path, program = folder / "socket", REPOSITORY / "tests" / "warm_dlrm.py"
-    variables = os.environ | {
-        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",  # two pages run at a time
-        "OMP_WAIT_POLICY": "passive",
-    }
-    command = shlex.join([sys.executable, "-S", "-E", str(program), "call", str(path)])
-    (folder / "dlrm").write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    (folder / "dlrm").chmod(0o755)
-    server = subprocess.Popen([sys.executable, program, "serve", path], env=variables)
-    try:
-        while not path.exists():
-            assert server.poll() is None
-            time.sleep(0.05)
-        yield variables
-    finally:
-        server.terminate()
-        server.wait()
-
-
-@pytest.fixture(scope="module")
-def running(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    environment: dict[str, str],
-) -> Iterator[dict[Path, Future[None]]]:
-    """The selected pages, run as many at a time as there are cores."""
-    chosen = [
-        item.callspec.params["page"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == "test_blocks_run"
-    ]
-    with ThreadPoolExecutor(available_cores()) as pool:
-        yield {
-            page: pool.submit(
-                run_blocks, page, scratch(tmp_path_factory.mktemp(page.stem)), environment
-            )
-            for page in chosen
-        }
-
-
 @pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_blocks_run(page: Path, running: dict[Path, Future[None]]) -> None:
-    running[page].result()
+def test_blocks_run(page: Path, quick_dlrm: dict[str, str], tmp_path: Path) -> None:
+    run_blocks(page, scratch(tmp_path), quick_dlrm)
 
 
 @pytest.mark.parametrize(

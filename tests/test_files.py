@@ -1,6 +1,9 @@
+import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -49,6 +52,63 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path) -> None:
         write_half()
     assert (tmp_path / "a").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_somebody_writes_is_refused_to_a_second(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    with atomic_write(target) as file:
+        file.write(b"first")
+        with (
+            pytest.raises(UserError, match=r"/a is being written by another process\. Wait"),
+            atomic_write(target),
+        ):
+            pass
+        file.write(b" of two")
+    assert target.read_bytes() == b"first of two"
+    # What a killed process left is no hindrance, however long it is.
+    (tmp_path / ".a.partial").write_bytes(b"much longer than what is written")
+    with atomic_write(target) as file:
+        file.write(b"second")
+    assert target.read_bytes() == b"second"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("ended", ["well", "badly"])
+def test_who_opens_a_file_just_before_its_writer_ends_begins_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    target = tmp_path / "a"
+    flock = fcntl.flock
+    first = atomic_write(target)
+    first.__enter__().write(b"first")
+
+    def end_first(file: IO[bytes], operation: int) -> None:
+        monkeypatch.undo()
+        if ended == "well":
+            first.__exit__(None, None, None)
+        else:
+            assert not first.__exit__(KeyError, KeyError(), None)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", end_first)
+    with atomic_write(target) as file:
+        # The first's is complete, and not emptied by the second.
+        assert target.exists() == (ended == "well")
+        assert ended == "badly" or target.read_bytes() == b"first"
+        file.write(b"second")
+    assert target.read_bytes() == b"second"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_where_there_are_no_locks_files_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: IO[bytes], operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_json(tmp_path / "a", [1])
+    assert (tmp_path / "a").read_bytes() == b"[\n  1\n]\n"
 
 
 def test_a_link_is_written_through_and_a_folder_or_pipe_is_not_replaced(tmp_path: Path) -> None:

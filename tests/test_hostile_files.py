@@ -15,10 +15,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 import dlrm
+from dlrm.arrow import open_arrow
 from dlrm.checkpoint import CheckpointInfo, Position, load_weights, read_info, verify
 from dlrm.config import ModelConfig, TrainConfig
 from dlrm.data.dataset import Dataset
@@ -28,6 +30,7 @@ from dlrm.data.vocabulary import Encoder, Vocabulary
 from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM
 from dlrm.reference.checkpoint import convert, read_checkpoint
+from dlrm.runs import open_run
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature, read_schema, write_schema
 
 HUGE = 1 << 40
@@ -137,6 +140,50 @@ def test_every_number_of_an_arrow_file(dataset: Path, tmp_path: Path, which: str
             except UserError:
                 refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+@pytest.mark.parametrize("which", ["part", "vocabulary", "predictions"])
+def test_an_arrow_file_that_is_packed(
+    run: Path, dataset: Path, tmp_path: Path, which: str, codec: str
+) -> None:
+    """What is packed is refused, since Arrow takes the memory that it claims to need at once."""
+    data = Dataset.open(copied(dataset, tmp_path / "dataset"))
+    here = copied(run, tmp_path / "run")
+    path = {
+        "part": data.path / "validation/part-00000.arrow",
+        "vocabulary": here / "vocabulary" / data.schema.sparse[2].vocabulary,
+        "predictions": here / "predictions/test.arrow",
+    }[which]
+
+    def read() -> None:
+        if which == "part":
+            list(data.batches("validation", 100))
+        elif which == "vocabulary":
+            Vocabulary.read(path)
+        else:
+            list(open_run(here).predictions("test").batches())
+
+    read()
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, table.schema, options=options) as writer,
+    ):
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"\.arrow.*: a record batch is compressed"):
+        read()
+
+
+def test_an_arrow_file_with_dictionaries(tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    table = pa.table({"a": pa.array(["b", "c"]).dictionary_encode()})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(pa.ArrowInvalid, match="it has dictionaries"), open_arrow(path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,24 @@ def test_the_plan_comes_first(
         f"predicted 300 rows into {run}/submission.csv",
         f"described the run in {run}/report.html; with the importance of features: dlrm report RUN",
     ]
+    assert "training on 2572 rows: 1 epoch of 11 steps of 256 rows" in caplog.text
+    if result.kernels == "native":
+        assert "native kernels: built and loaded" in caplog.messages
     assert "<title>run: DLRM</title>" in (run / "report.html").read_text()
     assert result.metrics["test"].samples == 214
     assert len((run / "submission.csv").read_text().splitlines()) == 301
+
+
+def test_an_empty_test_is_not_predicted(
+    raw_rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(raw_rows / "train.txt", tmp_path)
+    (tmp_path / "test.txt").touch()
+    run = tmp_path / "run"
+    with caplog.at_level(logging.INFO, "dlrm"):
+        assert run_all(tmp_path, run, PrepareConfig(), TINY).train_steps == 2
+    assert caplog.messages[2] == f"  3. describe it in {run}/report.html"
+    assert not (run / "submission.csv").exists()
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import shutil
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_other_data_than_the_models_are_warned_of(
     assert "never seen" not in caplog.text
     fields = ["1"] * 13 + ["ffffff01"] * 26
     (tmp_path / "row.txt").write_text("\t".join(fields) + "\n")
-    predict_file(load(run), tmp_path / "row.txt", tmp_path / "out.csv")
+    predict_file(load(run), tmp_path / "row.txt", tmp_path / "other.csv")
     assert "100% of the categorical values were never seen in training" in caplog.text
 
 
@@ -139,6 +140,31 @@ def test_output_onto_the_input_is_refused(run: Path, raw_rows: Path, tmp_path: P
     shutil.copy(raw_rows / "test.txt", tmp_path / "rows.txt")
     with pytest.raises(UserError, match="is the input too"):
         predict_file(load(run), tmp_path / "rows.txt", tmp_path / "rows.txt")
+
+
+def test_an_output_that_is_there_is_only_replaced_when_asked_for(
+    run: Path, raw_rows: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.csv"
+    output.write_text("precious")
+    with pytest.raises(UserError, match=r"out\.csv is there already.*--overwrite"):
+        predict_file(load(run), raw_rows / "test.txt", output)
+    assert output.read_text() == "precious"
+    predict_file(load(run), raw_rows / "test.txt", output, overwrite=True)
+    assert len(read(output)[0]) == 300
+
+
+def test_an_output_is_compressed_as_its_name_says(
+    run: Path, raw_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = load(run)
+    packed = []
+    for number, name in enumerate(("out.csv", "a.csv.gz", "b.csv.gz")):
+        monkeypatch.setattr("time.time", lambda now=number: float(now))
+        predict_file(predictor, raw_rows / "test.txt", tmp_path / name)
+        packed.append((tmp_path / name).read_bytes())
+    assert gzip.decompress(packed[1]) == packed[0]
+    assert packed[1] == packed[2]
 
 
 def test_an_output_folder_that_is_not_there_is_named(

@@ -224,7 +224,7 @@ def criteo(copy: Copy) -> Path:
     folder = copy.root.parent / "click logs"
     folder.mkdir()
     for name in ("train.txt", "test.txt"):
-        (folder / name).touch()
+        (folder / name).write_text("rows\n")
     return folder
 
 
@@ -279,8 +279,11 @@ def test_help_is_printed_before_anything_is_set_up(
     assert not (copy.root / "output").exists()
 
 
-def test_training_without_test_rows(copy: Copy, criteo: Path) -> None:
+@pytest.mark.parametrize("there", [False, True], ids=["no test.txt", "an empty test.txt"])
+def test_training_without_test_rows(copy: Copy, criteo: Path, there: bool) -> None:
     (criteo / "test.txt").unlink()
+    if there:
+        (criteo / "test.txt").touch()
     copy.run("train_full_1p.sh", f"--data_path={criteo}")
     assert [call[0] for call in dlrm_calls(copy)] == ["reference"]
 

@@ -46,7 +46,7 @@ class CheckpointInfo:
     dataset_fingerprint: str = ""
     """Of the rows and their order, which the position refers to; empty: not known."""
     mini_batch_size: int = 0
-    """Rows of a step, which the position counts; 0: not known."""
+    """Rows of a step, all its mini-batches counted, in which the position counts; 0: not known."""
     gradient_scaler: dict[str, int | float] | None = None
     """What ``torch.amp.GradScaler.state_dict`` returns; None: gradients were not scaled."""
     format_version: str = FORMAT_VERSION

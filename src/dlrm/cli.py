@@ -26,6 +26,7 @@ from dlrm.config import (
     Amp,
     BaselineConfig,
     BenchTrainConfig,
+    ConvertConfig,
     DeviceKind,
     GenerateConfig,
     PrepareConfig,
@@ -250,19 +251,24 @@ class Train:
 
     def execute(self) -> None:
         """Train and print the result."""
-        from dlrm.training.begin import resume, train
+        from dlrm.runs import to_resume
+        from dlrm.training.begin import resume, train, way_on
         from dlrm.training.events import Console
 
         if self.resume is not None:
             self._refuse_options_beside_resume(self.resume)
-            _print_json(resume(self.resume, self.dataset, [Console()], profile=self.profile))
-            return
-        if self.dataset is None or self.run is None:
+            with way_on(self.resume, to_resume(self.resume)):
+                result = resume(self.resume, self.dataset, [Console()], profile=self.profile)
+        elif self.dataset is None or self.run is None:
             raise UserError(
                 "name the DATASET and the RUN to make: dlrm train DATASET --run RUN; or the RUN to "
                 "go on with: dlrm train --resume RUN"
             )
-        result = train(self.dataset, self.run, self.options, [Console()], profile=self.profile)
+        else:
+            with way_on(self.run, to_resume(self.run)):
+                result = train(
+                    self.dataset, self.run, self.options, [Console()], profile=self.profile
+                )
         _print_json(result)
 
     def _refuse_options_beside_resume(self, run: Path) -> None:
@@ -462,7 +468,8 @@ class Predict:
     """Predict the click probability of raw rows.
 
     INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
-    Criteo's test.txt a valid Kaggle submission. MODEL is a RUN; its DATASET is not needed.
+    Criteo's test.txt a valid Kaggle submission, compressed if its name ends in .gz. MODEL is a RUN;
+    its DATASET is not needed.
     """
 
     model: tyro.conf.Positional[Path]
@@ -473,6 +480,8 @@ class Predict:
     """The CSV file to write."""
     first_id: int | None = None
     """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    overwrite: bool = False
+    """Replace OUTPUT if it is there already."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     device: DeviceKind = "cpu"
@@ -498,7 +507,14 @@ class Predict:
             amp=self.amp,
             quantization=QuantizationConfig(self.quantize_mlp_with_bit, self.quantize_emb_with_bit),
         )
-        _print_json(predict_file(predictor, self.input, self.output, first_id=self.first_id))
+        summary = predict_file(
+            predictor,
+            self.input,
+            self.output,
+            first_id=self.first_id,
+            overwrite=self.overwrite,
+        )
+        _print_json(summary)
 
 
 @dataclass(frozen=True)
@@ -578,6 +594,44 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Visualize:
+    """Write one HTML page of pictures of a run's embeddings.
+
+    Of each feature a map in which values that the model takes alike lie together, coloured by click
+    rate; the lengths of vectors over how often their values occur; and how alike features are. It
+    takes the run's DATASET, and scikit-learn (pip install 'dlrm[baselines]').
+    """
+
+    run: tyro.conf.Positional[Path]
+    """What `dlrm train` or `dlrm run` made."""
+    features: tuple[str, ...] = ()
+    """The sparse features to show; by default a table of all, and maps of the 4 whose vectors tell
+    most of click rates."""
+    values: int = 2000
+    """Show so many values of each, the commonest in the training rows."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best on validation, or the newest."""
+    output: Path | None = None
+    """The file to write; by default RUN/embeddings.html."""
+    dataset: Path | None = None
+    """Where the run's DATASET is now; by default where it was."""
+
+    def execute(self) -> None:
+        """Write the page and print where it is."""
+        from dlrm.report.embeddings import visualize
+
+        path = visualize(
+            self.run,
+            self.output,
+            features=self.features,
+            values=self.values,
+            checkpoint=self.checkpoint,
+            dataset=self.dataset,
+        )
+        _print_json({"embeddings": str(path)})
+
+
+@dataclass(frozen=True)
 class BenchTrain:
     """Measure training beside the time that its matrix multiplications alone take, the floor.
 
@@ -598,6 +652,48 @@ class BenchTrain:
             _print_json(result)
         else:
             sys.stdout.write(result.table())
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn the reference implementation's .pt into a RUN, or a RUN into such a .pt.
+
+    `dlrm convert MODEL.pt RUN --data DATASET` makes a RUN that dlrm evaluate and predict take,
+    and whose newest checkpoint dlrm train --continue-from goes on from; the architecture is
+    read off the file. `dlrm convert RUN MODEL.pt` writes a file that the reference's --load-model
+    reads. Both keep weights, optimizer state and position.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """What --save-model wrote; or a RUN."""
+    target: tyro.conf.Positional[Path]
+    """The RUN to make; or the .pt to write."""
+    options: Annotated[ConvertConfig, tyro.conf.arg(name="")]
+    data: Path | None = None
+    """Of a .pt, the DATASET of the rows that it was trained on, or the .npz that the reference
+    prepared of them."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """Of a RUN, which checkpoint: the best on validation, or the newest."""
+
+    def execute(self) -> None:
+        """Convert and print what there was."""
+        from dlrm.reference.conversion import export_checkpoint, import_checkpoint
+
+        if self.source.is_dir():
+            if self.data is not None or self.options != ConvertConfig():
+                raise UserError(
+                    f"{self.source} is a folder, so a RUN becomes a .pt, and a RUN tells of itself "
+                    "what --data, --qr-operation, --max-ind-range and the loss say. Leave them "
+                    "away."
+                )
+            _print_json(export_checkpoint(self.source, self.target, self.checkpoint))
+            return
+        if self.data is None:
+            raise UserError(
+                f"name the DATASET that {self.source} was trained on with --data, or the .npz "
+                "that the reference prepared: a .pt does not tell its features"
+            )
+        _print_json(import_checkpoint(self.source, self.target, self.data, self.options))
 
 
 @dataclass(frozen=True)
@@ -629,7 +725,9 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "predict": (Predict, "predict the click probability of raw rows"),
     "export": (Export, "write a run's model as ONNX, for other programs"),
     "report": (Report, "write one HTML page about a run"),
+    "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),
+    "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
 

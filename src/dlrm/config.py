@@ -89,7 +89,7 @@ class SynthesizeConfig:
     rows: int = 500_000
     """Rows of train.txt."""
     test_rows: int = 50_000
-    """Rows of test.txt, which has no labels."""
+    """Rows of test.txt, which has no labels; 0: it is not written."""
     scale: float = 0.01
     """Cardinality of the sparse features: 1 gives Kaggle's (33.8 million values), 0.01 a
     hundredth."""
@@ -530,7 +530,11 @@ class TrainConfig:
     epochs: int = 1
     """Passes over the training rows."""
     mini_batch_size: int = 128
-    """Rows a step."""
+    """Rows a step, or of each of the --accumulate-batches of a step."""
+    accumulate_batches: int = 1
+    """Add up the gradients of so many mini-batches before the weights move: a step of as many rows
+    in the memory of one mini-batch. Steps are what all other options count, but for
+    --num-batches."""
     evaluation_batch_size: int = 16384
     """Rows a batch in evaluation."""
     evaluation_memory: str = "512MiB"
@@ -583,9 +587,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         _require_types(self)
-        for name in ("epochs", "mini_batch_size", "evaluation_batch_size", "print_freq", "keep"):
+        for name in (
+            *("epochs", "mini_batch_size", "accumulate_batches", "evaluation_batch_size"),
+            *("print_freq", "keep"),
+        ):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        require(
+            self.num_batches % self.accumulate_batches == 0,
+            "--num-batches must be a multiple of --accumulate-batches, since a step takes so many; "
+            f"got {self.num_batches} and {self.accumulate_batches}",
+        )
         require(self.test_freq >= -1, f"--test-freq must be at least -1; got {self.test_freq}")
         for name in ("num_batches", "max_steps", "max_ind_range", "save_every_steps"):
             value = getattr(self, name)
@@ -607,6 +619,31 @@ class TrainConfig:
         )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step: of all mini-batches whose gradients are added up."""
+        return self.mini_batch_size * self.accumulate_batches
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What a ``.pt`` does not tell of itself, as far as it differs from the usual."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    qr_operation: Literal["unknown", "mult", "add"] = "unknown"
+    """Of quotient-remainder tables, whether their vectors are multiplied or added: the old
+    --qr-operation. (concat is seen.)"""
+    max_ind_range: int = 0
+    """The old --max-ind-range: ids are taken modulo this number; 0: they are not."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        require(
+            self.max_ind_range >= 0,
+            f"--max-ind-range must not be negative; got {self.max_ind_range}",
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -65,7 +66,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     a symbolic link the file it leads to is replaced.
 
     Raises:
-        UserError: There is a folder, a device or a pipe at ``path``.
+        UserError: There is a folder, a device or a pipe at ``path``, or another process, or thread,
+            is writing it.
         EnvironmentFaultError: The disk is full or read-only.
     """
     path = path.resolve()
@@ -73,16 +75,56 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path} exists and is not a file, so it is not replaced. Choose another.")
     temporary = path.with_name(f".{path.name}.partial")
     with environment_faults(f"write {path}"):
-        try:
-            with open(temporary, "wb") as file:
+        with _open_alone(temporary, path) as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+                os.replace(temporary, path)  # before it is closed, which ends the lock
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        flush_folder(path.parent)
+
+
+def _open_alone(temporary: Path, path: Path) -> IO[bytes]:
+    """Open the empty file that becomes ``path``, and lock it until it is closed."""
+    while True:
+        # It is emptied when it is locked: somebody may be writing it.
+        file = open(temporary, "wb", opener=_open_as_it_is)
+        try:
+            _lock(file, path)
+            # Whoever had the lock may have renamed or removed the file since it was opened.
+            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                file.truncate()
+                return file
+        except FileNotFoundError:
+            pass
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            file.close()
             raise
+        file.close()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{path} is being written by another process. Wait for it to end, or choose another "
+            "name."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Of file systems without locks, where it is up to the user to write a file once at a time."""
+
+
+def _open_as_it_is(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
 @contextmanager

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dlrm.config import PrepareConfig, TrainConfig
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
-from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.prediction import load, predict_file
 from dlrm.report.page import write_report
 from dlrm.runs import RunResult
-from dlrm.training.begin import is_begun, train_or_resume
+from dlrm.training.begin import refuse_another_training, train_or_resume, way_on
 from dlrm.training.events import Console
 
 logger = logging.getLogger("dlrm")
@@ -28,6 +25,8 @@ def run_all(
     dataset: Path | None = None,
 ) -> RunResult:
     """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, write a report.
+
+    Where there is no ``test.txt``, or an empty one, nothing is predicted.
 
     What was interrupted goes on where it stopped when it is called again in the same way.
 
@@ -43,39 +42,27 @@ def run_all(
         EnvironmentFaultError: The disk is too small or fails, or the device is missing.
         StoppedBySignalError: SIGINT or SIGTERM came while training.
     """
-    is_begun(run, train_config)  # what is taken is refused before the long work starts
+    refuse_another_training(
+        run, train_config
+    )  # what is taken is refused before the long work starts
     found = find_source(source, prepare_config)
     dataset = dataset or run / "dataset"
     test = found.files[0].path.with_name("test.txt")
     stages = [f"prepare {dataset}", f"train and evaluate in {run}"]
-    if test.exists():
+    predicts = test.exists() and test.stat().st_size > 0
+    if predicts:
         stages.append(f"predict {test} into {run / 'submission.csv'}")
     stages.append(f"describe it in {run / 'report.html'}")
     for number, stage in enumerate(stages, start=1):
         logger.info("  %d. %s", number, stage)
     prepare(source, dataset, prepare_config)
-    with _to_be_repeated(run):
+    with way_on(run, "repeat the same command."):
         result = train_or_resume(dataset, run, train_config, [Console()])
-        if test.exists():
-            summary = predict_file(load(run), test, run / "submission.csv")
+        if predicts:
+            summary = predict_file(load(run), test, run / "submission.csv", overwrite=True)
             logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
         report = write_report(run, importance_rows=0)
         logger.info(
             "described the run in %s; with the importance of features: dlrm report RUN", report
         )
     return result
-
-
-@contextmanager
-def _to_be_repeated(run: Path) -> Iterator[None]:
-    """Say of what is interrupted how to go on with all of it, the stages after training too."""
-    try:
-        yield
-    except StoppedBySignalError as error:
-        raise error.with_way_on("repeat the same command.") from None
-    except UserError:
-        raise
-    except BaseException:
-        if (run / "config.toml").exists():
-            logger.warning("%s is unfinished; the same command goes on with it", run)
-        raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -167,19 +169,25 @@ def load(
 
 
 def predict_file(
-    predictor: Predictor, source: Path, output: Path, *, first_id: int | None = None
+    predictor: Predictor,
+    source: Path,
+    output: Path,
+    *,
+    first_id: int | None = None,
+    overwrite: bool = False,
 ) -> PredictionSummary:
     """Score a file of raw Criteo rows into a CSV file ``Id,Predicted``, Kaggle's submission format.
 
     Args:
         predictor: The model.
         source: Rows with or without a label.
-        output: Appears when it is complete.
+        output: Appears when it is complete; compressed with gzip where its name ends in ``.gz``.
         first_id: The first row's Id; None: 60000000 for rows without a label, as in Kaggle's
             submissions, and 0 for rows with one.
+        overwrite: Replace an output that is there already.
 
     Raises:
-        UserError: A row is malformed, or there is no folder for the output.
+        UserError: A row is malformed, the output is there already, or its folder is not.
         EnvironmentFaultError: The disk is full or read-only.
     """
     if not source.is_file():
@@ -190,12 +198,18 @@ def predict_file(
         raise UserError(f"--first-id must not be negative; got {first_id}.")
     if output.exists() and output.samefile(source):
         raise UserError(f"{output} is the input too. Choose another output.")
+    if output.exists() and not overwrite:
+        raise UserError(
+            f"{output} is there already, and is not overwritten. Choose another output, or replace "
+            "it with --overwrite."
+        )
     unknown = np.zeros(len(predictor.schema.sparse), np.int64)
     rows = 0
     config = predictor.config
     memory = size_bytes(config.evaluation_memory, "--evaluation-memory")
     with (
-        atomic_write(output) as file,
+        atomic_write(output) as written,
+        _packed_as_named(output, written) as file,
         MetricsAccumulator(
             memory=memory, folder=output.parent, threshold=config.decision_threshold
         ) as accumulator,
@@ -230,3 +244,11 @@ def predict_file(
             100 * unknown.sum() / (rows * len(names)),
         )
     return PredictionSummary(rows, counted, metrics)
+
+
+def _packed_as_named(path: Path, file: IO[bytes]) -> AbstractContextManager[Any]:
+    """Return what to write to, so that a file is compressed if its name says so."""
+    if path.suffix != ".gz":
+        return nullcontext(file)
+    # Without name and time, so that equal predictions give equal bytes.
+    return gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)

@@ -5,6 +5,7 @@ With the labels in it, whatever compares or describes runs needs nothing but the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dlrm.arrow import open_arrow
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, atomic_write, check_version, environment_faults
 from dlrm.schema import Split
@@ -32,7 +34,11 @@ _COLUMNS = pa.schema(
 
 
 class PredictionsWriter:
-    """Takes labels and probabilities in stored order; ``write_predictions`` makes one."""
+    """Takes labels and probabilities in stored order; ``write_predictions`` makes one.
+
+    Attributes:
+        is_wanted: Whether the file is to appear; it may turn out that it is not.
+    """
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
@@ -40,6 +46,7 @@ class PredictionsWriter:
         self._probabilities = np.empty(BATCH_ROWS, np.float32)
         self._filled = 0
         self._written = 0
+        self.is_wanted = True
 
     def add(self, labels: npt.NDArray[Any], probabilities: npt.NDArray[np.float32]) -> None:
         """Add the next rows, any number of them.
@@ -88,10 +95,20 @@ def write_predictions(path: Path, split: Split, dataset: str) -> Iterator[Predic
     with environment_faults(f"write to {path.parent}"):
         path.parent.mkdir(exist_ok=True)
     schema = _COLUMNS.with_metadata(metadata)
-    with atomic_write(path) as file, pa.ipc.new_file(file, schema) as arrow:
+    with (
+        contextlib.suppress(_NotWantedError),
+        atomic_write(path) as file,
+        pa.ipc.new_file(file, schema) as arrow,
+    ):
         writer = PredictionsWriter(arrow)
         yield writer
+        if not writer.is_wanted:
+            raise _NotWantedError
         writer.flush()
+
+
+class _NotWantedError(Exception):
+    """Ends the writing of a file that is not to appear."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +201,8 @@ class Predictions:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-            yield pa.ipc.open_file(file)
+        with open_arrow(path) as reader:
+            yield reader
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"there are no predictions at {path}. A run that ends writes them for validation and "

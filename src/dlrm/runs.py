@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import resource
+import shlex
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -94,6 +95,29 @@ class AnyRun:
     config: TrainConfig | BaselineConfig
     dataset: Path
 
+    def open_dataset(self, place: Path | None = None) -> Dataset:
+        """Open the DATASET that it was trained on.
+
+        Args:
+            place: Where it is now; None: where it was.
+
+        Raises:
+            UserError: It is missing or damaged, or another.
+        """
+        if place is None and not self.dataset.exists():
+            raise UserError(
+                f"{self.dataset}, the DATASET that {self.path} was trained on, is gone. Name where "
+                "it is now with --dataset, or prepare it again with the same options."
+            )
+        data = Dataset.open(place or self.dataset)
+        if data.schema.fingerprint != self.schema.fingerprint:
+            raise UserError(
+                f"{data.path} is not the DATASET that {self.path} was trained on: its fingerprint "
+                f"is {data.schema.fingerprint}, expected {self.schema.fingerprint}. Name the right "
+                "one with --dataset, or prepare it again with the same options."
+            )
+        return data
+
     def result(self) -> RunResult:
         """Read ``result.json``.
 
@@ -108,24 +132,6 @@ class AnyRun:
             return msgspec.convert(content, RunResult)
         except (msgspec.ValidationError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}. Evaluate or train again.") from error
-
-    def open_dataset(self, place: Path | None = None) -> Dataset:
-        """Open the DATASET that the run was trained on.
-
-        Args:
-            place: Where it is now; None: where it was.
-
-        Raises:
-            UserError: It is not there, or is another.
-        """
-        data = Dataset.open(place or self.dataset)
-        if data.schema.fingerprint != self.schema.fingerprint:
-            raise UserError(
-                f"{data.path} is not the DATASET that {self.path} was trained on: its fingerprint "
-                f"is {data.schema.fingerprint}, expected {self.schema.fingerprint}. Name the right "
-                "one with --dataset, or prepare it again with the same options."
-            )
-        return data
 
     def log(self) -> list[dict[str, Any]]:
         """Read the events of ``log.jsonl`` in their order; none where there is no log.
@@ -205,6 +211,11 @@ class Run(AnyRun):
         load_weights(self.checkpoint(which), model)
         model.eval()
         return model
+
+
+def to_resume(path: Path) -> str:
+    """Return the command that goes on with the training of a RUN."""
+    return f"dlrm train --resume {shlex.quote(str(path))}"
 
 
 def open_run(path: Path) -> AnyRun:

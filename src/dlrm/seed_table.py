@@ -64,7 +64,7 @@ def table_row(run: AnyRun, result: RunResult) -> tuple[str, ...]:
         f"{result.samples_per_second:.3f}",
         f"{result.epochs:.3g}",
         str(starts[0]["train_rows"]) if starts else "-",
-        str(run.config.mini_batch_size) if isinstance(run.config, TrainConfig) else "-",
+        str(run.config.step_rows) if isinstance(run.config, TrainConfig) else "-",
         result.amp_type,
         result.versions["torch"] if is_dlrm else "-",
     )

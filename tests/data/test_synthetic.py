@@ -205,7 +205,6 @@ def test_best_possible_auc_is_criteos_at_any_scale_and_seed(tmp_path, scale, see
     truth = synthesize(tmp_path, config)
     assert truth.train.auc == pytest.approx(0.80, abs=0.01)
     assert truth.click_rate == pytest.approx(0.256, abs=0.005)
-    assert (tmp_path / "test.txt").read_bytes() == b""
 
 
 @pytest.mark.parametrize("name", ["probabilities.arrow", "test_probabilities.arrow"])
@@ -288,6 +287,20 @@ def test_the_fewest_rows(tmp_path):
     assert truth.validation.auc is truth.validation.normalized_entropy is None
     # Read from the file this time.
     assert synthesize(tmp_path, SynthesizeConfig(rows=14, test_rows=1, scale=1e-9)) == truth
+
+
+def test_no_test_rows_give_no_test_files(tmp_path):
+    config = SynthesizeConfig(rows=14, test_rows=0, scale=1e-9)
+    truth = synthesize(tmp_path, config)
+    names = ["probabilities.arrow", "train.txt", "truth.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert synthesize(tmp_path, config) == truth
+    with pytest.raises(UserError, match="not made with these options or not completely"):
+        synthesize(tmp_path, SynthesizeConfig(rows=14, test_rows=1, scale=1e-9))
+    # As it was written before, with an empty test.
+    for name in ("test.txt", "test_probabilities.arrow"):
+        (tmp_path / name).touch()
+    assert synthesize(tmp_path, config) == truth
 
 
 SMALL = SynthesizeConfig(rows=50, test_rows=5)

@@ -41,6 +41,25 @@ def small_batch(rows: int = 6) -> Batch:
     return Batch(torch.rand(rows, 3, generator=generator), ids, None)
 
 
+def test_what_a_model_computes_with_follows_it_to_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moved: list[tuple[set[str], torch.device]] = []
+
+    def to(module: nn.Module, device: torch.device) -> nn.Module:
+        moved.append(({name for name, _ in module.named_buffers()}, device))
+        return module
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    schema = schema_of(3, (7, 2, 5))
+    config = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(4,), over_arch_layer_sizes=(1,))
+    device = torch.device("cpu")
+    DLRM(schema, config, device)
+    assert moved == [({"sparse_arch.first_rows", "interaction_arch.pairs"}, device)]
+    DLRM(schema, config, torch.device("meta"))  # where values would be lost
+    assert len(moved) == 1
+
+
 def test_dot_takes_the_strictly_lower_triangle_row_by_row() -> None:
     interaction = InteractionArch(num_sparse_features=2, embedding_dim=2, interaction="dot")
     dense = torch.tensor([[1.0, 2.0]])

@@ -364,7 +364,7 @@ class Malicious:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "does not exist. Check --load-model"),
+        (lambda path: None, "does not exist. Check the path"),
         (lambda path: path.mkdir(), "cannot be read as a checkpoint of the reference"),
         (lambda path: path.touch(), "cannot be read as a checkpoint of the reference"),
         (lambda path: path.write_text("no zip"), "cannot be read as a checkpoint of the reference"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ def test_the_default_of_a_refused_flag_asks_for_nothing(flag: Flag) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    with pytest.raises(UserError, match=r"(?s)--memory-map: .*--debug-mode: "):
-        read_flags([DATASET, "--debug-mode", "--memory-map"])
+    with pytest.raises(UserError, match=r"(?s)--dist-backend: .*--world_size: "):
+        read_flags([DATASET, "--dist-backend=gloo", "--world_size=2"])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,8 @@ def test_all_refusals_come_at_once() -> None:
         (["--qr-operation=max"], "expected mult or add or concat, got 'max'"),
         (["--weighted-pooling=mean"], "expected fixed or learned, got 'mean'"),
         (["--step=0"], "expected at least 1, or -1 for no limit; got '0'"),
-        (["--data-set=terabyte"], "--data-set=terabyte: the Criteo Terabyte data are not"),
+        (["--data-set=avazu"], "expected kaggle or terabyte, got 'avazu'"),
+        (["--mlperf-grad-accum-iter=0"], "expected at least 1, got '0'"),
         (["--data-generation=internal"], "--data-generation=internal: it takes libraries that"),
         (["--rand-data-dist=zipf"], "expected uniform or gaussian, got 'zipf'"),
         (["--arch-embedding-size=4-x"], "expected integers as in 13-512-16, got '4-x'"),
@@ -117,6 +119,112 @@ def test_wrong_input_has_one_clear_message(arguments: list[str], message: str) -
     with pytest.raises(UserError) as error:
         read_flags([DATASET, *arguments])
     assert message in str(error.value)
+
+
+# Of each flag a value, and what it takes to have an effect.
+ROWS = "--data-generation=random"
+GAUSSIAN = f"{ROWS} --rand-data-dist=gaussian --rand-data-max=1"
+LARGE = "--data-set=terabyte --memory-map --mlperf-logging --raw-data-file=input/day"
+QR, MD, LOGGED = "--qr-flag", "--md-flag", "--mlperf-logging"
+EFFECTS = {
+    "activation-function=sigmoid": None,
+    "arch-embedding-size=40-50": ROWS,
+    "arch-interaction-itself": "",
+    "arch-interaction-op=cat": "",
+    "arch-mlp-bot=13-9-2": "",
+    "arch-mlp-top=7-1": "",
+    "arch-sparse-feature-size=4 --arch-mlp-bot=13-4": "",
+    "data-generation=synthetic": "",
+    "data-randomize=day": "",
+    "data-set=terabyte": "--raw-data-file=input/day",
+    "data-size=9": ROWS,
+    "data-sub-sample-rate=0.5": "",
+    "data-trace-enable-padding=True": "--data-generation=synthetic",
+    "data-trace-file=t_j.log": "--data-generation=synthetic",
+    "dataset-multiprocessing": "",
+    "debug-mode": "",
+    "dist-backend=gloo": None,
+    "enable-profiling": "",
+    "inference-only": "--load-model=m.pt",
+    "learning-rate=0.5": "",
+    "load-model=m.pt": "",
+    "local_rank=1": "--use-gpu",
+    "loss-function=bce": "",
+    "loss-threshold=0.1": "",
+    "loss-weights=1-2": "--loss-function=wbce",
+    "lr-decay-start-step=6": "--lr-num-decay-steps=7",
+    "lr-num-decay-steps=7": "",
+    "lr-num-warmup-steps=5": "",
+    "max-ind-range=9": "",
+    "md-flag": "",
+    "md-round-dims": MD,
+    "md-temperature=0.1": MD,
+    "md-threshold=9": MD,
+    "memory-map": "",
+    "mini-batch-size=7": "",
+    "mlperf-acc-threshold=0.7": LOGGED,
+    "mlperf-auc-threshold=0.7": LOGGED,
+    "mlperf-bin-loader": LARGE,
+    "mlperf-bin-shuffle": LARGE,
+    "mlperf-grad-accum-iter=3": LOGGED,
+    "mlperf-logging": "",
+    "nepochs=2": "",
+    "num-batches=9": "",
+    "num-indices-per-lookup=3": ROWS,
+    "num-indices-per-lookup-fixed=True": ROWS,
+    "num-workers=2": "",
+    "numpy-rand-seed=7": "",
+    "optimizer=adagrad": "",
+    "plot-compute-graph": "",
+    "print-freq=10": "",
+    "print-precision=3": "--debug-mode",
+    "print-time": "",
+    "print-wall-time": "",
+    "processed-data-file=other.npz": "",
+    "qr-collisions=7": QR,
+    "qr-flag": "",
+    "qr-operation=add": QR,
+    "qr-threshold=9": QR,
+    "quantize-emb-with-bit=8": "--inference-only --load-model=m.pt",
+    "quantize-mlp-with-bit=8": "--inference-only --load-model=m.pt",
+    "rand-data-dist=gaussian": ROWS,
+    "rand-data-max=0": GAUSSIAN,
+    "rand-data-min=0.5": GAUSSIAN,
+    "rand-data-mu=0.3": GAUSSIAN,
+    "rand-data-sigma=0.2": GAUSSIAN,
+    "raw-data-file=other/train.txt": "",
+    "round-targets=True": ROWS,
+    "save-model=m.pt": "--test-freq=2",
+    "save-onnx": "",
+    "sync-dense-params=False": None,
+    "tensor-board-filename=run_kaggle_pt": "",
+    "test-freq=10": "",
+    "test-mini-batch-size=9": "",
+    "test-num-workers=2": "",
+    "use-gpu": "",
+    "weighted-pooling=learned": "",
+}
+
+
+def test_every_flag_of_the_reference_has_a_value_here() -> None:
+    assert sorted(flag.partition("=")[0] for flag in EFFECTS) == sorted(REFERENCE)
+
+
+@pytest.mark.parametrize("flag", EFFECTS)
+def test_each_flag_has_an_effect_or_is_refused_by_name(flag: str) -> None:
+    needs = EFFECTS[flag]
+    base = [DATASET, "--raw-data-file=train.txt", "--arch-mlp-bot=13-2", "--run=runs/r"]
+    if needs is None:
+        with pytest.raises(UserError, match=f"--{flag.partition('=')[0]}: "):
+            reference.parse([*base, f"--{flag}"])
+        return
+    base += needs.split()
+    without, asked = reference.parse(base), reference.parse([*base, *f"--{flag}".split()])
+    assert asked != without
+    told = [note for note in asked.notes if flag.partition("=")[0] in note]
+    # What changes nothing else has a note that says so.
+    assert dataclasses.replace(asked, notes=without.notes) != without or told
+    assert not any("has no effect" in note for note in told)
 
 
 def test_both_ways_of_writing_a_value_are_read() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from dlrm import reference
+from dlrm.data.dataset import Dataset
 from dlrm.errors import UserError
 from dlrm.metrics import compute_metrics
 from dlrm.reference.log import ReferenceLog
@@ -189,6 +192,37 @@ def test_other_batches_than_the_loaded_models_are_noted(run: Any) -> None:
         "# note: the loaded model was saved with 18 batches an epoch, and an epoch has 9 now"
         in lines
     )
+
+
+def test_terabyte_days_are_trained_on_and_the_last_is_tested(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = clicks.read_bytes().splitlines(keepends=True)
+    for day, start in enumerate((0, 700, 1300)):
+        part = rows[start : (700, 1300, 2100)[day]]
+        (tmp_path / f"day_{day}").write_bytes(b"".join(part))
+    flags = (
+        "--arch-sparse-feature-size=4 --arch-mlp-bot=13-8-4 --arch-mlp-top=8-1 "
+        "--max-ind-range=500 --data-generation=dataset --data-set=terabyte --loss-function=bce "
+        "--learning-rate=0.1 --mini-batch-size=100 --test-mini-batch-size=64 --print-freq=5 "
+        "--test-freq=10 --memory-map --mlperf-logging --mlperf-bin-loader --mlperf-bin-shuffle"
+    ).split()
+    reference.main(
+        [
+            *flags,
+            f"--raw-data-file={tmp_path}/day",
+            f"--processed-data-file={tmp_path}/terabyte_processed.npz",
+            f"--run={tmp_path / 'run'}",
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    finished = [line.split(",")[0] for line in lines if line.startswith("Finished")]
+    assert finished == [f"Finished training it {n}/13 of epoch 0" for n in (5, 10, 13)]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["metrics"]["test"]["samples"] == 400
+    data = Dataset.open(tmp_path / "terabyte_processed.dataset")
+    assert (data.rows("train"), data.rows("validation")) == (1300, 400)
+    assert max(data.schema.num_embeddings) <= 500
 
 
 def test_a_taken_run_is_refused_before_anything_is_done(run: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from dlrm import cli
 from dlrm.config import (
+    ConvertConfig,
     GenerateConfig,
     LossConfig,
     ModelConfig,
@@ -67,6 +68,7 @@ def test_the_published_recipe() -> None:
     assert asked.source == Path("data/train.txt")
     assert asked.dataset == Path("data/kaggleAdDisplayChallenge_processed.dataset")
     assert (asked.print_time, asked.mlperf_logging, asked.print_wall_time) == (True, True, False)
+    assert (asked.debug_mode, asked.plot_compute_graph, asked.profile) == (False, False, None)
 
 
 def test_the_references_defaults_apply() -> None:
@@ -132,6 +134,11 @@ def test_the_references_defaults_apply() -> None:
                 "tracking.mlperf_submission_division": "open",
             },
         ),
+        (
+            "--mlperf-grad-accum-iter=4 --print-freq=102 --step=7",
+            # 26 steps are the least that take 102 mini-batches; 10240 are 2560.
+            {"accumulate_batches": 4, "print_freq": 26, "test_freq": 2560, "max_steps": 2},
+        ),
         ("--load-model=m.pt --run=r", {"continue_from": "r/initial.safetensors"}),
         ("--round-targets=False --num-workers=4 --dataset-multiprocessing", {}),
         ("--print-wall-time --save-model=m.pt", {}),
@@ -149,6 +156,13 @@ def test_what_a_flag_sets(flags: str, expected: dict[str, Any]) -> None:
         ("--data-randomize=day", PrepareConfig(shuffle="reference-day")),
         ("--numpy-rand-seed=7", PrepareConfig(shuffle="reference", seed=7)),
         ("--max-ind-range=100", PrepareConfig(shuffle="reference", max_ind_range=100)),
+        ("--memory-map", PrepareConfig(shuffle="total")),
+        ("--memory-map --data-randomize=day", PrepareConfig(shuffle="day")),
+        ("--memory-map --data-randomize=none", PrepareConfig(shuffle="none")),
+        (
+            "--data-sub-sample-rate=0.5",
+            PrepareConfig(shuffle="reference", data_sub_sample_rate=0.5),
+        ),
     ],
 )
 def test_what_preparation_is_asked_for(flags: str, expected: PrepareConfig) -> None:
@@ -183,7 +197,7 @@ def test_the_command_of_quantized_inference() -> None:
     flags = "--quantize-mlp-with-bit=8 --quantize-emb-with-bit=4"
     asked = request(f"--inference-only --load-model=m.pt --run=r {flags}")
     assert asked.quantization == QuantizationConfig(8, 4)
-    assert cli.parse(shlex.split(asked.commands()[1])[1:]) == cli.Evaluate(
+    assert cli.parse(shlex.split(asked.commands()[2])[1:]) == cli.Evaluate(
         Path("r"),
         "test",
         checkpoint="newest",
@@ -204,7 +218,8 @@ def test_the_command_of_an_export() -> None:
 
 def test_the_command_of_inference() -> None:
     asked = request("--inference-only --load-model=m.pt --run=r --use-npu --local_rank=2")
-    evaluate = cli.parse(shlex.split(asked.commands()[1])[1:])
+    convert, evaluate = (cli.parse(shlex.split(line)[1:]) for line in asked.commands()[1:])
+    assert convert == cli.Convert(Path("m.pt"), Path("r"), ConvertConfig(), asked.dataset)
     assert evaluate == cli.Evaluate(
         Path("r"), "test", checkpoint="newest", device="npu", local_rank=2
     )
@@ -327,6 +342,14 @@ def test_the_run_is_the_first_free_one(tmp_path: Path, monkeypatch: pytest.Monke
             "--dense-arch-layer-sizes is set by --arch-mlp-bot",
         ),
         (
+            "--mlperf-grad-accum-iter=4 --num-batches=10",
+            "got 10 and 4. Here --accumulate-batches is set by --mlperf-grad-accum-iter",
+        ),
+        (
+            "--data-set=terabyte --raw-data-file=input/train.txt",
+            "it is expected to end in /day, which the names day_0, day_1 … of the files begin",
+        ),
+        (
             "--lr-num-warmup-steps=9 --lr-num-decay-steps=1",
             "--warmup-steps is set by --lr-num-warmup-steps",
         ),
@@ -372,6 +395,24 @@ def test_what_cannot_be(flags: str, message: str) -> None:
             "--inference-only --load-model=m.pt --tensor-board-filename=x",
             "--tensor-board-filename has no effect with --inference-only",
         ),
+        ("--memory-map", "--memory-map: preparation takes limited memory in any case; the train"),
+        ("--print-precision=3", "--print-precision has no effect without --debug-mode"),
+        (
+            "--mlperf-bin-loader --memory-map",
+            "--mlperf-bin-loader has no effect without --memory-map, --mlperf-logging and --data",
+        ),
+        (
+            "--mlperf-bin-shuffle --data-set=terabyte --raw-data-file=input/day",
+            "--mlperf-bin-shuffle has no effect without --memory-map, --mlperf-logging and --data",
+        ),
+        (
+            "--mlperf-grad-accum-iter=3",
+            "--test-freq=10240 is taken as 10242, whole steps of 3 mini-batches",
+        ),
+        (
+            "--inference-only --load-model=m.pt --enable-profiling",
+            "--enable-profiling has no effect with --inference-only: nothing is trained",
+        ),
         ("", "--round-targets changes nothing: the labels are 0 and 1 already"),
     ],
 )
@@ -379,12 +420,56 @@ def test_what_has_no_effect_is_noted(flags: str, note: str) -> None:
     assert any(line.startswith(note) for line in request(flags).notes)
 
 
-def test_thresholds_act_with_mlperf_logging_alone() -> None:
+def test_what_acts_with_mlperf_logging_alone() -> None:
     flags = [flag for flag in RECIPE.split() if flag != "--mlperf-logging"]
-    asked = parse([*flags, "--mlperf-auc-threshold=0.5", "--mlperf-acc-threshold=0.5"])
+    thresholds = ["--mlperf-auc-threshold=0.5", "--mlperf-acc-threshold=0.5"]
+    asked = parse([*flags, *thresholds, "--mlperf-grad-accum-iter=4"])
     assert (asked.train.target_auc, asked.train.target_accuracy) == (0, 0)
+    assert asked.train.accumulate_batches == 1
     idle = [note for note in asked.notes if "has no effect without --mlperf-logging" in note]
-    assert len(idle) == 2
+    assert len(idle) == 3
+
+
+LARGE = "--data-set=terabyte --memory-map --mlperf-logging --max-ind-range=40"
+
+
+def test_where_the_terabyte_rows_are(tmp_path: Path) -> None:
+    def asked(flags: str = LARGE) -> Request:
+        return request(f"{flags} --raw-data-file={tmp_path}/day --run=r")
+
+    assert asked().dataset == tmp_path / "terabyte_processed.dataset"
+    assert asked("--data-set=terabyte").source == tmp_path  # the message names what is missing
+    assert asked("--data-set=terabyte").prepare.shuffle == "reference"
+
+    (tmp_path / "day_0_reordered.npz").touch()
+    of_days = asked()
+    assert of_days.source == tmp_path / "day"
+    assert of_days.prepare == PrepareConfig(shuffle="none")
+    assert (of_days.train.max_ind_range, of_days.train.initial_draws) == (40, "none")
+
+    (tmp_path / "day_0.gz").touch()
+    assert asked().source == tmp_path
+    assert asked().prepare == PrepareConfig(shuffle="total", max_ind_range=40)
+
+    (tmp_path / "terabyte_processed_train.bin").touch()
+    assert asked().source == tmp_path
+    numbers = asked(f"{LARGE} --mlperf-bin-loader")
+    assert numbers.source == tmp_path / "terabyte_processed_train.bin"
+    assert numbers.prepare == PrepareConfig(shuffle="none")
+    shuffled = asked(f"{LARGE} --mlperf-bin-loader --mlperf-bin-shuffle")
+    assert shuffled.prepare == PrepareConfig(shuffle="total")
+    assert any(note.startswith("--mlperf-bin-shuffle: rows are") for note in shuffled.notes)
+
+
+def test_what_is_printed_and_drawn_beside() -> None:
+    asked = request("--debug-mode --print-precision=3 --plot-compute-graph --run=r")
+    assert (asked.debug_mode, asked.print_precision, asked.plot_compute_graph) == (True, 3, True)
+    assert asked.profile is None
+    profiled = request("--enable-profiling --run=r")
+    assert profiled.profile == Path("r/trace.json")
+    command = cli.parse(shlex.split(profiled.commands()[1])[1:])
+    assert isinstance(command, cli.Train)
+    assert command.profile == Path("r/trace.json")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dlrm.config import (
 )
 from dlrm.data.prepare import prepare
 from dlrm.data.synthetic import synthesize
+from dlrm.report.embeddings import visualize
 from dlrm.training.begin import train
 
 CONFIG = TrainConfig(
@@ -37,3 +38,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder / "dataset", folder / "dlrm", CONFIG)
     train_baseline(folder / "dataset", folder / "logistic", BaselineConfig(model="logistic"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def embeddings(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page about embeddings: five figures."""
+    path = tmp_path_factory.mktemp("page") / "embeddings.html"
+    return visualize(runs / "dlrm", path, features=["cat_2", "cat_3"], values=150)

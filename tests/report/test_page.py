@@ -32,6 +32,14 @@ def page(runs: Path) -> str:
     return path.read_text()
 
 
+@pytest.fixture(params=["report", "embeddings"])
+def any_page(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """A page and how many figures it has."""
+    if request.param == "report":
+        return request.getfixturevalue("page"), 7
+    return request.getfixturevalue("embeddings").read_text(), 5
+
+
 def texts(page: str) -> list[str]:
     """The text of every element, as a reader sees it."""
     found: list[str] = []
@@ -74,7 +82,8 @@ def test_its_figures_are_those_of_the_result(page: str, runs: Path) -> None:
     assert f"{difference.difference:+.4f} ({low:+.4f} to {high:+.4f})" in shown
 
 
-def test_it_needs_nothing_but_itself(page: str) -> None:
+def test_it_needs_nothing_but_itself(any_page: tuple[str, int]) -> None:
+    page, _ = any_page
     addresses = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page))
     assert all(each.startswith(("#", "data:,")) for each in addresses)
     assert "<script" not in page
@@ -82,9 +91,10 @@ def test_it_needs_nothing_but_itself(page: str) -> None:
     assert set(re.findall(r"https?://[^\"\s<]+", page)) <= {"http://www.w3.org/2000/svg"}
 
 
-def test_every_figure_says_what_it_shows(page: str) -> None:
+def test_every_figure_says_what_it_shows(any_page: tuple[str, int]) -> None:
+    page, number = any_page
     figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(figures) == 7
+    assert len(figures) == number
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     for figure in figures:
@@ -95,7 +105,7 @@ def test_every_figure_says_what_it_shows(page: str) -> None:
         for target in re.findall(r'(?:href="|url\()#([^")]+)', figure):
             assert target in ids
         assert "DejaVu" not in figure
-        assert not re.search(r"#0[123]0[123]0\d", figure)  # colours that stand for a role
+        assert not re.search(r"#0[1234]0[1234]0\d", figure)  # colours that stand for a role
         assert "var(--ink)" in figure
 
 
@@ -122,7 +132,7 @@ def test_without_its_dataset_a_sentence_says_so(runs: Path, tmp_path: Path) -> N
     run = shutil.copytree(runs / "dlrm", tmp_path / "moved")
     write_config(run / "config.toml", open_run(run).config, tmp_path / "gone")
     shown = texts(write_report(run).read_text())
-    assert any(text.startswith("Not measured: the DATASET cannot be read") for text in shown)
+    assert any(text.startswith("Not measured: the DATASET cannot be used") for text in shown)
     assert not any("best possible" in text for text in shown)
     path = write_report(run, dataset=runs / "dataset", importance_rows=100)
     assert any("Measured on 100 rows" in text for text in texts(path.read_text()))

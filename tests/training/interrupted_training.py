@@ -34,6 +34,7 @@ from dlrm import cli, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
+from dlrm.report import page  # noqa: E402
 from dlrm.training import begin, events, saving, trainer  # noqa: E402
 from dlrm.training.events import Console, Events  # noqa: E402
 from dlrm.training.step import EagerStep  # noqa: E402
@@ -64,10 +65,12 @@ def train_once(dataset: Path) -> None:
     model = ModelConfig(
         embedding_dim=2, dense_arch_layer_sizes=(2,), over_arch_layer_sizes=(1,), dropout=0.1
     )
+    importlib.import_module("dlrm.reference.runner")
     for dropout in (0.0, 0.1):
         config = TrainConfig(model=replace(model, dropout=dropout), max_steps=2)
         with tempfile.TemporaryDirectory() as folder:
             begin.train(dataset, Path(folder) / "run", config)
+            page.write_report(Path(folder) / "run", importance_rows=0)
 
 
 def answer(request: dict[str, Any], said: int) -> None:
@@ -135,6 +138,8 @@ def set_up(request: dict[str, Any]) -> list[Events]:
     os.fsync = lambda _: None
     if not request.get("overlap"):  # so that it is certain what is saved when it is killed
         saving.Saver._copy = lambda *_: None  # type: ignore[method-assign]
+    if request.get("no_links"):
+        os.link = refuse_link
     if request.get("plain"):
         trainer.choose_step = EagerStep  # type: ignore[assignment]
     listeners: list[Events] = []
@@ -192,6 +197,10 @@ def set_up(request: dict[str, Any]) -> list[Events]:
     if told:
         watch(request["run"], told)
     return listeners
+
+
+def refuse_link(source: Any, target: Any, **options: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def on_each_step(listeners: list[Events], fault: Fault) -> None:

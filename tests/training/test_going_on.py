@@ -132,6 +132,7 @@ def test_dlrm_reference_goes_on_and_its_log_and_model_are_those_of_one_go(
     command = flags(whole)
     expected = warm(whole / "run", [*command, f"--run={whole / 'run'}"])
     assert expected.status == 0, expected.said
+    assert f"\nthe run is in {whole / 'run'}\n" in expected.said
     command = flags(here)
     run = here / "runs/reference-001"  # as it is called without --run
     answer = warm(run, command, cwd=here, term_at_step=33)

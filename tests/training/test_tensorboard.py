@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,18 +23,14 @@ from dlrm import trace
 from dlrm.config import (
     ModelConfig,
     OptimizerConfig,
-    PrepareConfig,
     TrackingConfig,
     TrainConfig,
 )
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
-from dlrm.data.prepare import prepare
 from dlrm.data.vocabulary import Vocabulary
 from dlrm.errors import UserError
-from dlrm.runs import Run
 from dlrm.training import tensorboard
-from dlrm.training.tensorboard import count_ids, values_of
 
 CONFIG = TrainConfig(
     model=ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(8, 1)),
@@ -217,49 +211,6 @@ def test_the_projector_shows_the_vectors_of_the_commonest_values(
         assert float(row["click_rate"]) == pytest.approx(clicks[value] / counts[value], abs=1e-6)
         id_ = vocabulary.encode(np.array([int(value, 16)], np.uint32))[0]
         np.testing.assert_array_equal(vector, table_of(run, "cat_2")[id_])
-
-
-def test_values_that_share_a_row_are_named_by_the_commonest(raw_rows: Path, tmp_path: Path) -> None:
-    prepare(raw_rows, tmp_path / "dataset", PrepareConfig(vocabulary="train", min_frequency=3))
-    config = replace(CONFIG, max_steps=1, tracking=TrackingConfig())
-    dlrm.train(tmp_path / "dataset", tmp_path / "whole", config)
-    dlrm.train(tmp_path / "dataset", tmp_path / "limited", replace(config, max_ind_range=4))
-    run = Run.open(tmp_path / "whole")
-    feature = run.schema.sparse[2]
-    vocabulary = Vocabulary.read(run.path / "vocabulary" / feature.vocabulary)
-    assert feature.other_id == len(vocabulary)
-    ids = np.array([feature.other_id, vocabulary.ids[7]])
-    assert values_of(run, 2, ids) == ["other", f"{vocabulary.values[7]:08x}"]
-
-    limited = Run.open(tmp_path / "limited")
-    for id_, value in enumerate(values_of(limited, 2, np.arange(4))):
-        shared = np.flatnonzero(vocabulary.ids % 4 == id_)
-        best = vocabulary.counts[shared].max()
-        at = np.flatnonzero(vocabulary.values == int(value, 16))[0]
-        assert (vocabulary.counts[at], vocabulary.ids[at] % 4) == (best, id_)
-
-    prepare(raw_rows, tmp_path / "hashed", PrepareConfig(hash_buckets=50))
-    dlrm.train(tmp_path / "hashed", tmp_path / "hash", config)
-    assert values_of(Run.open(tmp_path / "hash"), 2, np.array([3, 1])) == ["id 3", "id 1"]
-
-
-def test_ids_are_counted_in_bags_of_any_length() -> None:
-    schema: Any = SimpleNamespace(
-        sparse=[SimpleNamespace(num_embeddings=3), SimpleNamespace(num_embeddings=4)]
-    )
-    whole = Batch(torch.zeros(2, 1), torch.tensor([[0, 3], [2, 3]]), torch.tensor([1.0, 0.0]))
-    # Bags: (), (1, 1) of a click; (0, 2), (3) of none; (1), () of a click.
-    bags = Batch(
-        torch.zeros(3, 1),
-        torch.tensor([1, 1, 0, 2, 3, 1]),
-        torch.tensor([1.0, 0.0, 1.0]),
-        torch.tensor([0, 0, 2, 4, 5, 6, 6]),
-    )
-    data: Any = SimpleNamespace(batches=lambda *_, **__: iter([whole, bags]))
-    counts, clicks = count_ids(data, schema, 0)
-    assert (counts.tolist(), clicks.tolist()) == ([2, 1, 2], [1, 1, 0])
-    counts, clicks = count_ids(data, schema, 1)
-    assert (counts.tolist(), clicks.tolist()) == ([0, 2, 0, 3], [0, 2, 0, 1])
 
 
 def test_what_cannot_be_shown_is_refused(dataset: Path, tmp_path: Path) -> None:

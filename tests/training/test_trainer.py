@@ -24,7 +24,7 @@ from dlrm.config import (
 from dlrm.data.dataset import Dataset
 from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
-from dlrm.evaluation import evaluate
+from dlrm.evaluation import evaluate, evaluate_split
 from dlrm.metrics import compute_metrics
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.loss import mean_loss
@@ -203,6 +203,39 @@ def test_training_stops_at_the_evaluation_that_reaches_the_target(
     assert len(at.evaluations) == accuracies.index(max(accuracies)) + 1
 
 
+def test_an_evaluation_that_reaches_a_target_is_not_made_again_for_its_predictions(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    written: list[bool] = []
+
+    def count(model: Any, data: Any, split: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(split)
+        return evaluate_split(model, data, split, *arguments, **options)
+
+    class Looking(Recorder):
+        def on_evaluation(self, evaluation: Evaluation) -> None:
+            super().on_evaluation(evaluation)
+            written.append((run / "predictions/validation.arrow").exists())
+
+    monkeypatch.setattr("dlrm.training.trainer.evaluate_split", count)
+    run = tmp_path / "reached"
+    recorder = Looking()
+    result = train(dataset, run, replace(CONFIG, test_freq=4, target_auc=0.01), [recorder])
+    assert (result.stopped[:14], result.train_steps) == ("target reached", 4)
+    assert (made, written) == (["validation", "test"], [True])
+    assert result.metrics["validation"] == recorder.evaluations[0].metrics
+    monkeypatch.undo()
+    assert result.metrics["validation"] == evaluate(run, "validation").metrics
+    labels, probabilities = Run.open(run).predictions("validation").arrays()
+    assert compute_metrics(labels, probabilities).auc == result.metrics["validation"].auc
+
+    written.clear()
+    run = tmp_path / "not reached"
+    train(dataset, run, replace(CONFIG, test_freq=4, max_steps=8, target_auc=0.9999), [Looking()])
+    assert written == [False, True]  # of the first they are not kept
+
+
 def test_the_best_checkpoint_is_the_best_on_validation_and_gives_the_result(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -366,7 +399,7 @@ def test_a_position_belongs_to_its_order_and_batch_size(
 ) -> None:
     train(dataset, tmp_path / "part", replace(CONFIG, max_steps=4))
     config = replace(CONFIG, continue_from=str(tmp_path / "part/checkpoints/newest.safetensors"))
-    with pytest.raises(UserError, match=r"saved with --mini-batch-size 128.*; got 64"):
+    with pytest.raises(UserError, match=r"saved with steps of 128 rows.*; got 64"):
         train(dataset, tmp_path / "rest", replace(config, mini_batch_size=64))
     prepare(raw_rows, tmp_path / "unshuffled", PrepareConfig(shuffle="none"))
     with pytest.raises(UserError, match="another DATASET: the fingerprint of its rows and order"):

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dlrm.arrow import open_arrow
 from dlrm.config import GenerateConfig, PrepareConfig
 from dlrm.data.batch import Bags, Batch, Dense, Labels, make_batch
 from dlrm.data.spool import RejectedRow
@@ -427,8 +428,7 @@ def read_part(folder: Path, part: Part, schema: FeatureSchema) -> Iterator[Rows]
     expected = stored_columns(schema)
     rows = 0
     try:
-        with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-            reader = pa.ipc.open_file(file)
+        with open_arrow(path) as reader:
             if reader.schema != expected:
                 raise _damaged(path, f"expected the columns {expected}, got {reader.schema}")
             for index in range(reader.num_record_batches):
@@ -628,7 +628,7 @@ def publish(
         UserError: There is something at ``path`` already.
         EnvironmentFaultError: The disk is full or fails.
     """
-    refuse_taken(path, overwrite=overwrite)
+    refuse_taken_dataset(path, overwrite=overwrite)
     replaced = _replaced(path)
     with environment_faults(f"write to {path.parent}"):
         write_schema(partial, schema)
@@ -654,7 +654,7 @@ def remove_replaced(path: Path) -> None:
             shutil.rmtree(_replaced(path), ignore_errors=True)
 
 
-def refuse_taken(path: Path, *, overwrite: bool) -> None:
+def refuse_taken_dataset(path: Path, *, overwrite: bool) -> None:
     """Refuse to write where something is already, but for an empty folder.
 
     Raises:
@@ -705,7 +705,7 @@ def write_dataset(
     schema = schema.sealed()
     partial = path.with_name(f".{path.name}.partial")
     with locked(path, "dataset"), environment_faults(f"write to {path.parent}"):
-        refuse_taken(path, overwrite=overwrite)
+        refuse_taken_dataset(path, overwrite=overwrite)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             splits: dict[Split, StoredSplit] = {}

@@ -23,7 +23,7 @@ from dlrm.data.dataset import (
     Rows,
     Source,
     in_blocks,
-    refuse_taken,
+    refuse_taken_dataset,
     row_bytes,
     write_dataset,
 )
@@ -58,7 +58,7 @@ def generate(
     sources = tuple(_source(file) for file in _files(config))
     if there := _made_already(path, config, sources):
         return there
-    refuse_taken(path, overwrite=overwrite)
+    refuse_taken_dataset(path, overwrite=overwrite)
     made = _Rows(config)  # damaged files are refused before anything is written
     total = config.train_rows + 2 * config.test_rows
     with progress("generate", total, unit="rows") as bar:

@@ -41,7 +41,7 @@ from dlrm.data.dataset import (
     part_name,
     part_rows,
     publish,
-    refuse_taken,
+    refuse_taken_dataset,
     remove_replaced,
     stored_split,
     write_part,
@@ -134,7 +134,7 @@ def prepare(
         work.tidy()
         if found and not overwrite and (finished := _finished(dataset, found, config)):
             return finished
-        refuse_taken(dataset, overwrite=overwrite)
+        refuse_taken_dataset(dataset, overwrite=overwrite)
         if found is None:
             found = _piped(dataset, work, config, overwrite=overwrite)
         preparation = _Preparation(found, dataset, work, config, memory, overwrite)

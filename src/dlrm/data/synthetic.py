@@ -440,7 +440,8 @@ def synthesize(directory: Path | str, config: SynthesizeConfig) -> Truth:
 
     ``directory`` gets train.txt, test.txt (without labels), truth.json, and for the rows of either
     text their true ``probability`` (float32) and ``label`` (uint8), in probabilities.arrow and
-    test_probabilities.arrow. If it holds the same data already, nothing is done.
+    test_probabilities.arrow; without ``test_rows`` nothing is written of a test. If it holds the
+    same data already, nothing is done.
 
     The files depend on the configuration alone, not on the number of threads. Memory: about
     200 MB, a byte a value, and up to 50 bytes a row, most of them for the metrics; 2.2 GB for
@@ -482,7 +483,8 @@ def truth_of(train: Path, rows: int, clicks: int) -> Truth | None:
     return truth if is_same and train.name == "train.txt" else None
 
 
-_DATA_FILES = ("train.txt", "test.txt", "probabilities.arrow", "test_probabilities.arrow")
+_TRAIN_FILES = ("train.txt", "probabilities.arrow")
+_TEST_FILES = ("test.txt", "test_probabilities.arrow")
 
 
 def _finished(directory: Path, config: SynthesizeConfig) -> Truth | None:
@@ -491,10 +493,11 @@ def _finished(directory: Path, config: SynthesizeConfig) -> Truth | None:
     Raises:
         UserError: It holds other data.
     """
-    present = [name for name in (*_DATA_FILES, "truth.json") if (directory / name).exists()]
+    names = (*_TRAIN_FILES, *_TEST_FILES, "truth.json")
+    present = [name for name in names if (directory / name).exists()]
     if not present:
         return None
-    if len(present) == len(_DATA_FILES) + 1:
+    if {*_files(config), "truth.json"} <= set(present):
         truth = read_json(directory / "truth.json", Truth, "set of made-up data")
         made = SynthesizeConfig(
             rows=truth.rows, test_rows=truth.test_rows, scale=truth.scale, seed=truth.seed
@@ -508,6 +511,10 @@ def _finished(directory: Path, config: SynthesizeConfig) -> Truth | None:
         f"{directory} holds {found}, which is not overwritten. Choose another directory, or "
         "delete these files."
     )
+
+
+def _files(config: SynthesizeConfig) -> tuple[str, ...]:
+    return _TRAIN_FILES + _TEST_FILES if config.test_rows else _TRAIN_FILES
 
 
 def _write(directory: Path, config: SynthesizeConfig) -> Truth:
@@ -526,7 +533,9 @@ def _write(directory: Path, config: SynthesizeConfig) -> Truth:
         return _Block(_text(features, labels if is_train else None), labels, probabilities)
 
     with ExitStack() as stack:
-        files = {name: stack.enter_context(atomic_write(directory / name)) for name in _DATA_FILES}
+        files = {
+            name: stack.enter_context(atomic_write(directory / name)) for name in _files(config)
+        }
         rows = config.rows + config.test_rows
         bar = stack.enter_context(progress("synthesize", rows, unit="rows", unit_scale=True))
         pool = stack.enter_context(ThreadPoolExecutor(available_cores()))
@@ -537,13 +546,14 @@ def _write(directory: Path, config: SynthesizeConfig) -> Truth:
             files["probabilities.arrow"],
             bar,
         )
-        _write_rows(
-            _blocks(pool, block, _Stream.TEST, config.test_rows),
-            config.test_rows,
-            files["test.txt"],
-            files["test_probabilities.arrow"],
-            bar,
-        )
+        if config.test_rows:
+            _write_rows(
+                _blocks(pool, block, _Stream.TEST, config.test_rows),
+                config.test_rows,
+                files["test.txt"],
+                files["test_probabilities.arrow"],
+                bar,
+            )
         split = hold_back_last(day_lengths(config.rows, "train.txt")).ranges
         train, validation, test = (
             _best_possible(labels[rows.start : rows.stop], probabilities[rows.start : rows.stop])

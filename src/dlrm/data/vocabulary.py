@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dlrm.arrow import open_arrow
 from dlrm.data.splits import mix
 from dlrm.errors import UserError
-from dlrm.files import atomic_write, environment_faults, sha256
+from dlrm.files import atomic_write, sha256
 from dlrm.schema import FeatureSchema, SparseFeature
 
 _COLUMNS = pa.schema([("value", pa.uint32()), ("id", pa.int32()), ("count", pa.int64())])
@@ -71,8 +72,7 @@ class Vocabulary:
             UserError: The file is missing or damaged.
         """
         try:
-            with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
-                reader = pa.ipc.open_file(file)
+            with open_arrow(path) as reader:
                 if reader.schema != _COLUMNS:
                     raise UserError(
                         f"{path} has the columns {reader.schema.names}, expected value, id and "

@@ -62,6 +62,8 @@ class DLRM(nn.Module):
             dropout=config.dropout,
             device=device,
         )
+        if device is not None and device.type != "meta":
+            self.to(device)  # the buffers: they hold values, and are made on the CPU
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits, (B,), of a batch."""

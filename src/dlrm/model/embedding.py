@@ -49,8 +49,8 @@ class Arena(nn.Module):
         self.fused: Callable[[Tensor, Tensor | None], Tensor] | None = None
         # Looks up vectors of fewer bits instead, (rows, offsets, weights); the arena is then empty.
         self.quantized: QuantizedTables | None = None
-        # Of narrow tables: the rows of the newest lookup, (N,), and their vectors, (N, D).
-        self._looked_up: tuple[Tensor, Tensor] | None = None
+        # Of narrow tables: of each lookup its rows, (N,), and their vectors, (N, D).
+        self._looked_up: list[tuple[Tensor, Tensor]] = []
         # Not part of the state: it follows from num_embeddings. Made on the CPU even under a
         # "meta" device, since it holds values.
         self.register_buffer("first_rows", rows[:-1].clone(), persistent=False)
@@ -109,26 +109,30 @@ class Arena(nn.Module):
         """Return the vectors of rows, (N, D), in float32, and keep them for their gradient."""
         vectors = self.arena.detach()[rows].float()
         if torch.is_grad_enabled():
-            self._looked_up = (rows, vectors.requires_grad_())
+            self._looked_up.append((rows, vectors.requires_grad_()))
         return vectors
 
     @property
-    def gradient_holder(self) -> Tensor:
-        """The tensor whose ``grad`` a backward pass fills."""
-        return self._looked_up[1] if self._looked_up else self.arena
+    def gradient_holders(self) -> list[Tensor]:
+        """The tensors whose ``grad`` backward passes fill: of a narrow arena one a lookup."""
+        return [vectors for _, vectors in self._looked_up] or [self.arena]
 
     def gradient(self) -> tuple[Tensor, Tensor] | None:
         """Return the rows that were looked up, (N,), with repeats, and their gradients, (N, D)."""
-        gradient = self.gradient_holder.grad
+        received = [
+            (rows, vectors.grad) for rows, vectors in self._looked_up if vectors.grad is not None
+        ]
+        if received:
+            rows, gradients = zip(*received, strict=True)
+            return torch.cat(rows), torch.cat(gradients)
+        gradient = self.arena.grad
         if gradient is None:
             return None
-        if self._looked_up:
-            return self._looked_up[0], gradient
         return gradient._indices()[0], gradient._values()
 
     def forget_gradient(self) -> None:
         """Be ready for the next backward pass."""
-        self._looked_up = None
+        self._looked_up = []
         self.arena.grad = None
 
     @property

@@ -32,7 +32,10 @@ class _Fbgemm:
 
 
 def supports(
-    sparse_arch: SparseArch | VariantSparseArch, *, scales_gradients: bool
+    sparse_arch: SparseArch | VariantSparseArch,
+    *,
+    scales_gradients: bool,
+    accumulates: bool = False,
 ) -> tuple[bool, str]:
     """Return whether ``FusedTables`` takes tables, and why or why not.
 
@@ -40,12 +43,15 @@ def supports(
         sparse_arch: The tables.
         scales_gradients: Whether gradients are scaled: fbgemm updates rows while it goes backward,
             before anybody can tell whether a scaled gradient has overflowed.
+        accumulates: Whether gradients of several mini-batches are added up before an update.
     """
     if isinstance(sparse_arch, VariantSparseArch):
         return False, "tables go through plain operators: fbgemm is used where all are whole"
     arena = sparse_arch.arena
     if fused_tables_location(arena.device) is None:
         return False, f"tables on {arena.device.type} go through plain operators"
+    if accumulates:
+        return False, "tables go through plain operators, since gradients are accumulated"
     if scales_gradients:
         return False, "tables go through plain operators, since gradients are scaled"
     if arena.dtype != torch.float32 or arena.shape[1] % 4:

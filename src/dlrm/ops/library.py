@@ -49,7 +49,7 @@ def library() -> Library:
     except OSError as error:
         return Library(False, f"the native kernels cannot be loaded: {error}. {_REBUILD}")
     _register_fakes()
-    return Library(True, "the native kernels are built and loaded")
+    return Library(True, "built and loaded")
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

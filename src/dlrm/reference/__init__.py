@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from dlrm.errors import StoppedBySignalError
 from dlrm.reference.request import Request, parse
 
 __all__ = ["Request", "main", "parse"]
@@ -29,12 +28,12 @@ def main(arguments: Sequence[str]) -> None:
         SystemExit: Help was asked for (0).
     """
     request = parse(arguments)
-    from dlrm.reference.runner import run  # torch waits until it is needed, so that help is quick
+    # torch waits until it is needed, so that help is quick
+    from dlrm.reference.runner import run
+    from dlrm.training.begin import way_on
 
-    try:
+    command = ["dlrm", "reference", *arguments]
+    if not any(argument.partition("=")[0] == "--run" for argument in arguments):
+        command.append(f"--run={request.run}")
+    with way_on(request.run, shlex.join(command)):
         run(request)
-    except StoppedBySignalError as error:
-        command = ["dlrm", "reference", *arguments]
-        if not any(argument.partition("=")[0] == "--run" for argument in arguments):
-            command.append(f"--run={request.run}")
-        raise error.with_way_on(shlex.join(command)) from None

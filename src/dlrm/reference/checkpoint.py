@@ -44,6 +44,8 @@ class ReferenceCheckpoint:
     """Which optimizer's state it holds; empty: none."""
     optimizer_state: Mapping[int, Mapping[str, Any]]
     """By parameter number; empty for SGD."""
+    learning_rate: float | None
+    """The base rate that the optimizer had; None: it holds no optimizer."""
     epoch: int
     """The epoch it was saved in, from 0."""
     iteration: int
@@ -76,6 +78,7 @@ def read_checkpoint(path: Path) -> ReferenceCheckpoint:
             weights=weights,
             optimizer=_optimizer_name(path, state, optimizer_content.get("param_groups", [])),
             optimizer_state=state,
+            learning_rate=_base_rate(optimizer_content.get("param_groups", [])),
             epoch=int(content["epoch"]),
             iteration=int(content["iter"]),
             epochs=int(content["nepochs"]),
@@ -97,7 +100,10 @@ def read_checkpoint(path: Path) -> ReferenceCheckpoint:
 
 
 def convert(
-    checkpoint: ReferenceCheckpoint, schema: FeatureSchema, model: ModelConfig
+    checkpoint: ReferenceCheckpoint,
+    schema: FeatureSchema,
+    model: ModelConfig,
+    accumulate_batches: int = 1,
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Return what ``save_checkpoint`` writes, of a ``.pt``.
 
@@ -105,12 +111,14 @@ def convert(
         checkpoint: The ``.pt``.
         schema: Of the run that is to continue from it.
         model: The architecture it must have.
+        accumulate_batches: Mini-batches, which a ``.pt`` counts, of a step, which we count.
 
     Returns:
         Weights and optimizer state by our names, and the position.
 
     Raises:
         UserError: It is of another architecture; the message names the first tensor that differs.
+            Or it was saved within a step.
     """
     blank = DLRM(schema, model, device=torch.device("meta"))
     shapes = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
@@ -131,11 +139,15 @@ def convert(
                         f"to have shape {shape}, got {getattr(value, 'shape', value)!r}."
                     )
                 tensors[f"optimizer.{name}.{ours}"] = value
-    position = Position(
-        checkpoint.epoch,
-        checkpoint.iteration,
-        checkpoint.epoch * checkpoint.batches + checkpoint.iteration,
+    if checkpoint.iteration % accumulate_batches and checkpoint.iteration != checkpoint.batches:
+        raise UserError(
+            f"{checkpoint.path} was saved after mini-batch {checkpoint.iteration}, within a step "
+            f"of {accumulate_batches}. Use the number of mini-batches that it was trained with."
+        )
+    steps, step = (
+        -(-batches // accumulate_batches) for batches in (checkpoint.batches, checkpoint.iteration)
     )
+    position = Position(checkpoint.epoch, step, checkpoint.epoch * steps + step)
     # It says nothing of the data it was trained on, so any DATASET of these shapes will do.
     return tensors, CheckpointInfo(position, model, "", checkpoint.optimizer)
 
@@ -143,7 +155,7 @@ def convert(
 def write_checkpoint(
     path: Path,
     model: DLRM,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     position: Position,
     numbers: Mapping[str, int | float],
 ) -> None:
@@ -152,9 +164,10 @@ def write_checkpoint(
     Args:
         path: The file; it appears complete or not at all.
         model: Its weights, on any device.
-        optimizer: Its state.
+        optimizer: Its state; None: there is none, as in a model that was never trained.
         position: How far training has come.
-        numbers: What else the reference writes, by its names.
+        numbers: What else the reference writes, by its names; "iter" where it is not the
+            position's step.
 
     Raises:
         UserError: The reference has no such model.
@@ -169,14 +182,18 @@ def write_checkpoint(
                 "and these are not. Use --weighted-pooling learned."
             )
     content = {
+        "iter": position.step,
         **numbers,
-        # Copies: a table is a view of all of them, and a view is saved with all that it views.
+        # Copies: a table is a view of all of them, and a view is saved with all that it views. The
+        # reference knows float32 alone.
         "state_dict": OrderedDict(
-            (theirs[name], ours[name].detach().cpu().clone()) for name in theirs
+            (theirs[name], ours[name].detach().cpu().to(torch.float32, copy=True))
+            for name in theirs
         ),
         "epoch": position.epoch,
-        "iter": position.step,
-        "opt_state_dict": _optimizer_content(optimizer, list(theirs), position.total_steps),
+        "opt_state_dict": (
+            _optimizer_content(optimizer, list(theirs), position.total_steps) if optimizer else {}
+        ),
     }
     with atomic_write(path) as file:
         try:
@@ -236,7 +253,7 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist. Check --load-model.") from error
+        raise UserError(f"{path} does not exist. Check the path.") from error
     except MemoryError:
         raise
     except Exception as error:  # a foreign file can fail in any way
@@ -278,6 +295,12 @@ def _optimizer_name(
             "Expected the reference's sgd, adagrad or rwsadagrad."
         )
     return "rowwise_adagrad" if "momentum" in kinds else "adagrad"
+
+
+def _base_rate(groups: Iterable[Mapping[str, Any]]) -> float | None:
+    for group in groups:
+        return float(group.get("initial_lr", group["lr"]))
+    return None
 
 
 def _refuse_other_shapes(

@@ -85,6 +85,13 @@ def _step_limit(text: str) -> int:
     return limit
 
 
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
+    return number
+
+
 def _not_negative(number: int) -> int:
     return max(0, number)
 
@@ -116,10 +123,6 @@ def _refused(name: str, default: Any, why: str, read: Callable[[str], Any] | Non
     return Flag(name, default, why, read, refused=True)
 
 
-_TERABYTE = (
-    "Only for the Criteo Terabyte data, which are not supported yet. Use --data-set=kaggle without "
-    "it."
-)
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "model": (
         Flag(
@@ -298,17 +301,17 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--data-set",
             "kaggle",
-            "Must be kaggle.",
+            "kaggle: rows of one file, train.txt. terabyte: of a file a day, day_0 … day_23, the "
+            "last of which is for evaluation.",
             _choice("kaggle", "terabyte"),
-            refused_values={
-                "terabyte": "the Criteo Terabyte data are not supported yet. Use the Criteo Kaggle "
-                "data with --data-set=kaggle"
-            },
         ),
         Flag(
             "--raw-data-file",
             "",
-            "Criteo's train.txt. Needed unless --processed-data-file is a finished .npz.",
+            "Criteo's train.txt. Needed unless --processed-data-file is a finished .npz. With "
+            "--data-set=terabyte what the days' names begin with, as in FOLDER/day for "
+            "FOLDER/day_0 (or day_0.gz); or, where there are no raw days, "
+            "FOLDER/day_0_reordered.npz.",
             str,
         ),
         Flag(
@@ -316,14 +319,17 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "",
             "NAME.npz. Where it exists it is read as it is. The DATASET lies beside it as "
             "NAME.dataset, and is made where it is missing or was made with other options. By "
-            "default kaggleAdDisplayChallenge_processed.npz in the folder of --raw-data-file.",
+            "default kaggleAdDisplayChallenge_processed.npz (or terabyte_processed.npz) in the "
+            "folder of --raw-data-file. A finished NAME_train.bin, NAME_test.bin and NAME_val.bin "
+            "are read with --mlperf-bin-loader.",
             str,
         ),
         Flag(
             "--data-randomize",
             "total",
             "Order of the training rows, by the reference's own permutation: none, day (shuffled "
-            "within each day) or total (across the training days).",
+            "within each day) or total (across the training days). With --memory-map by our own, "
+            "in limited memory.",
             _choice("none", "day", "total"),
             ("shuffle", "initial_draws"),
         ),
@@ -361,6 +367,26 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             _boolean,
             ("soft_labels",),
             lambda on: not on,
+        ),
+        Flag(
+            "--memory-map",
+            False,
+            "Preparation takes limited memory in any case. With it the order of the training rows "
+            "is our own shuffle's (--shuffle total or day) and not the reference's permutation, "
+            "which takes 8 bytes a row of memory and which the reference does not draw then.",
+        ),
+        Flag(
+            "--mlperf-bin-loader",
+            False,
+            "Read NAME_train.bin of --processed-data-file, where it is; acts with --memory-map, "
+            "--mlperf-logging and --data-set=terabyte. Otherwise the DATASET is such a file "
+            "already.",
+        ),
+        Flag(
+            "--mlperf-bin-shuffle",
+            False,
+            "Taken, with a note: rows are shuffled when they are prepared (--data-randomize); the "
+            "reference draws its batches in another order instead.",
         ),
         Flag(
             "--num-workers",
@@ -445,6 +471,15 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     ),
     "training": (
         Flag("--mini-batch-size", 1, "Rows a step.", int, ("mini_batch_size",)),
+        Flag(
+            "--mlperf-grad-accum-iter",
+            1,
+            "Add up the gradients of N mini-batches before the weights move; acts with "
+            "--mlperf-logging. (The reference drops all gradients but the last mini-batch's.) "
+            "Losses and tests come after whole steps of N.",
+            _at_least_1,
+            ("accumulate_batches",),
+        ),
         Flag("--nepochs", 1, "Passes over the training rows.", int, ("epochs",)),
         Flag(
             "--step",
@@ -505,6 +540,29 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "Print the milliseconds a step, loading included; without it, -1.00.",
         ),
         Flag("--print-wall-time", False, "Print the time of day beside the loss."),
+        Flag(
+            "--debug-mode",
+            False,
+            "Print the architecture, the first 3 mini-batches, and the weights before and after "
+            "training, long tensors shortened.",
+        ),
+        Flag(
+            "--print-precision",
+            5,
+            "Digits of the weights that --debug-mode prints.",
+            _at_least_1,
+        ),
+        Flag(
+            "--enable-profiling",
+            False,
+            "Write a trace of 30 steps to RUN/trace.json, as dlrm train --profile does.",
+        ),
+        Flag(
+            "--plot-compute-graph",
+            False,
+            "Write the graph of operations behind a mini-batch's loss to RUN/graph.dot, which "
+            "Graphviz draws (dot -Tsvg). The reference stops with an error.",
+        ),
         Flag(
             "--test-freq",
             -1,
@@ -608,16 +666,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "The reference ignores it and always uses relu. Drop it.",
         ),
         _refused(
-            "--memory-map",
-            False,
-            "Drop it: preparation and training take little memory in any case.",
-        ),
-        _refused(
-            "--print-precision",
-            5,
-            "Digits of the tensors that --debug-mode prints, which is refused. Drop it.",
-        ),
-        _refused(
             "--sync-dense-params",
             True,
             "For several devices, which are not supported yet. Drop it.",
@@ -631,27 +679,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--world_size",
             1,
             "Of the Ascend port. Several processes are not supported yet. Use 1, or drop it.",
-        ),
-        _refused(
-            "--debug-mode",
-            False,
-            "Printing whole batches and weights is not supported. Read the checkpoints of the RUN "
-            "instead: they are safetensors files.",
-        ),
-        _refused(
-            "--enable-profiling",
-            False,
-            "Profiling is not supported yet. Drop it; --print-time prints the time of a step.",
-        ),
-        _refused(
-            "--plot-compute-graph", False, "The reference stops with an error at it. Drop it."
-        ),
-        *(_refused(f"--mlperf-bin-{name}", False, _TERABYTE) for name in ("loader", "shuffle")),
-        _refused(
-            "--mlperf-grad-accum-iter",
-            1,
-            "Gradient accumulation is not supported yet (the reference's discards gradients). Use "
-            "a larger --mini-batch-size.",
         ),
     ),
 }

@@ -46,16 +46,18 @@ class ReferenceLog(Events):
     ) -> None:
         self._request = request
         self._test_batches = test_batches
+        self._batches = 0  # of an epoch
         self._loaded_batches = loaded.batches if loaded else 0
         self._best_accuracy = loaded.test_accuracy if loaded else 0.0
         self._best_auc = (loaded.test_auc if loaded else None) or 0.0
 
     def on_start(self, start: Start) -> None:
         """Say where a run continues, and what was best before it was interrupted."""
-        if self._loaded_batches not in (0, start.steps_per_epoch):
+        self._batches = math.ceil(start.train_rows / start.config.mini_batch_size)
+        if self._loaded_batches not in (0, self._batches):
             say(
                 f"# note: the loaded model was saved with {self._loaded_batches} batches an epoch, "
-                f"and an epoch has {start.steps_per_epoch} now"
+                f"and an epoch has {self._batches} now"
             )
         if start.resumed:
             say(f"# note: it goes on after step {start.position.total_steps}")
@@ -65,16 +67,25 @@ class ReferenceLog(Events):
 
     def on_report(self, report: Report) -> None:
         """Print the loss."""
-        milliseconds = report.milliseconds_per_step if self._request.print_time else -1
+        milliseconds = -1.0
+        if self._request.print_time:
+            milliseconds = report.milliseconds_per_step / self._request.train.accumulate_batches
         wall_time = f" ({time.strftime('%H:%M')})" if self._request.print_wall_time else ""
         say(
-            f"Finished training it {report.position.step}/{report.steps_per_epoch} of epoch "
+            f"Finished training it {self._at(report.position)} of epoch "
             f"{report.position.epoch}, {milliseconds:.2f} ms/it, loss {report.loss:.6f}{wall_time}"
         )
 
     def on_evaluation_start(self, position: Position, steps_per_epoch: int) -> None:
         """Print where training is."""
-        say(f"Testing at - {position.step}/{steps_per_epoch} of epoch {position.epoch},")
+        say(f"Testing at - {self._at(position)} of epoch {position.epoch},")
+
+    def _iteration(self, position: Position) -> int:
+        """Return the mini-batches of the epoch so far; a step is of one or more."""
+        return min(position.step * self._request.train.accumulate_batches, self._batches)
+
+    def _at(self, position: Position) -> str:
+        return f"{self._iteration(position)}/{self._batches}"
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Print the metrics, save the model if it is the best so far, tell a reached threshold."""
@@ -120,10 +131,11 @@ class ReferenceLog(Events):
         assert self._request.save_model is not None
         numbers: dict[str, int | float] = {
             "nepochs": self._request.train.epochs,
-            "nbatches": evaluation.steps_per_epoch,
+            "nbatches": self._batches,
             "nbatches_test": self._test_batches,
             "test_acc": evaluation.metrics.accuracy,
             "train_loss": evaluation.train_loss,
+            "iter": self._iteration(evaluation.position),
             "total_loss": 0,  # summed since the last report, and there has just been one
         }
         if self._request.mlperf_logging:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import shlex
 import typing
@@ -28,7 +29,10 @@ from dlrm.reference.flags import FLAGS, read_flags
 E = TypeVar("E", bound=Exception)
 T = TypeVar("T")
 
-_PROCESSED_NAME = "kaggleAdDisplayChallenge_processed.npz"  # in the raw file's folder
+_PROCESSED_NAMES = {  # in the raw file's folder
+    "kaggle": "kaggleAdDisplayChallenge_processed.npz",
+    "terabyte": "terabyte_processed.npz",
+}
 _SHUFFLES: Mapping[str, Shuffle] = {"none": "none", "day": "reference-day", "total": "reference"}
 # Said even where they are the defaults, so that a command can be read without knowing those.
 _ESSENTIAL = (
@@ -71,6 +75,12 @@ class Request:
     mlperf_logging: bool
     print_time: bool
     print_wall_time: bool
+    debug_mode: bool
+    print_precision: int
+    plot_compute_graph: bool
+    """Into RUN/graph.dot."""
+    profile: Path | None
+    """Where a trace goes."""
     dense_features: int
     """The number that --arch-mlp-bot begins with."""
     notes: tuple[str, ...]
@@ -82,13 +92,20 @@ class Request:
         verb = ["generate"] if self.source is None else ["prepare", str(self.source)]
         first = ["dlrm", *verb, dataset, *_options(self.prepare)]
         if self.inference_only:
-            second = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
+            second = ["dlrm", "convert", str(self.load_model), run, "--data", dataset]
+            second += _options(self.train.loss)
+            if self.train.model.embedding_variant == "qr":
+                joined = self.train.model.qr_operation
+                second += _option("qr_operation", joined) if joined != "concat" else []
+            second += _option("max_ind_range", self.train.max_ind_range, 0)
+            third = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
             for field in ("device", "local_rank"):
-                second += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
-            second += _options(self.quantization)
+                third += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
+            commands = [first, second, [*third, *_options(self.quantization)]]
         else:
             second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
-        commands = [first, second]
+            second += ["--profile", str(self.profile)] if self.profile else []
+            commands = [first, second]
         if self.save_onnx:
             commands.append(["dlrm", "export", run, str(self.save_onnx), "--checkpoint", "newest"])
         return [shlex.join(command) for command in commands]
@@ -129,8 +146,11 @@ def parse(arguments: Sequence[str]) -> Request:
     prepare: PrepareConfig | GenerateConfig
     try:
         if values["data_generation"] == "dataset":
-            source, dataset = _data_paths(values["raw_data_file"], values["processed_data_file"])
+            source, dataset = _data_paths(values)
             prepare = _preparation(values, settings, source)
+            if values["memory_map"]:
+                settings["initial_draws"] = "none"
+            notes += _of_large_data(values, source)
         else:
             prepare = made_up = _generation(values, settings)
             dataset = _generated_path(made_up, values["run"])
@@ -143,6 +163,7 @@ def parse(arguments: Sequence[str]) -> Request:
     settings["selection_split"] = "test"
     if settings["evaluation_batch_size"] < 0:
         settings["evaluation_batch_size"] = settings["mini_batch_size"]
+    notes += _in_steps(settings)
 
     def training(run: Path) -> TrainConfig:
         initial = str(run / "initial.safetensors") if values["load_model"] else ""
@@ -167,11 +188,34 @@ def parse(arguments: Sequence[str]) -> Request:
             mlperf_logging=values["mlperf_logging"],
             print_time=values["print_time"],
             print_wall_time=values["print_wall_time"],
+            debug_mode=values["debug_mode"],
+            print_precision=values["print_precision"],
+            plot_compute_graph=values["plot_compute_graph"],
+            profile=run / "trace.json" if values["enable_profiling"] else None,
             dense_features=values["arch_mlp_bot"][0],
             notes=tuple(notes),
         )
     except UserError as error:
         raise in_reference_terms(error) from error
+
+
+def _in_steps(settings: dict[str, Any]) -> list[str]:
+    """Count in steps what the flags count in mini-batches; return notes of what does not fit."""
+    notes, each = [], settings["accumulate_batches"]
+    for field, name in (
+        ("print_freq", "print-freq"),
+        ("test_freq", "test-freq"),
+        ("max_steps", "step"),
+    ):
+        batches = settings[field]
+        if each > 1 and batches > 0:
+            settings[field] = steps = math.ceil(batches / each)
+            if batches % each:
+                notes.append(
+                    f"--{name}={batches} is taken as {steps * each}, whole steps of {each} "
+                    "mini-batches (--mlperf-grad-accum-iter)"
+                )
+    return notes
 
 
 def in_reference_terms(error: E) -> E:
@@ -191,7 +235,12 @@ def _preparation(
     values: Mapping[str, Any], settings: Mapping[str, Any], source: Path
 ) -> PrepareConfig:
     chosen = {**settings, "shuffle": _SHUFFLES[values["data_randomize"]]}
-    if source.suffix == ".npz":
+    if values["memory_map"]:
+        chosen["shuffle"] = values["data_randomize"]
+    if source.suffix == ".bin" or source.name == "day":
+        # Prepared, and in the order in which the reference reads them.
+        chosen["shuffle"] = "total" if values["mlperf_bin_shuffle"] else "none"
+    if source.suffix in (".npz", ".bin") or source.name == "day":
         # Its rows are chosen and its values numbered already: only ids can be taken modulo.
         chosen |= {"max_ind_range": 0, "data_sub_sample_rate": 0.0}
     return _build(PrepareConfig, chosen)
@@ -211,18 +260,23 @@ def _generated_path(config: GenerateConfig, run: str) -> Path:
     return folder / f"{config.data_generation}-{content[:12]}.dataset"
 
 
-def _data_paths(raw: str, processed: str) -> tuple[Path, Path]:
+def _data_paths(values: Mapping[str, Any]) -> tuple[Path, Path]:
     """Return the source and the DATASET."""
+    raw, processed = values["raw_data_file"], values["processed_data_file"]
     if not processed and not raw:
         raise UserError(
             "there are no data: name Criteo's train.txt with --raw-data-file, or a finished .npz "
             "of the reference with --processed-data-file, or make rows up with "
             "--data-generation=random."
         )
-    finished = Path(processed) if processed else Path(raw).with_name(_PROCESSED_NAME)
+    usual = _PROCESSED_NAMES[values["data_set"]]
+    finished = Path(processed) if processed else Path(raw).with_name(usual)
     if finished.suffix != ".npz":
         raise UserError(f"--processed-data-file must end in .npz; got {finished}.")
     dataset = finished.with_suffix(".dataset")
+    numbers = finished.with_name(f"{finished.stem}_train.bin")
+    if values["mlperf_bin_loader"] and numbers.exists():
+        return numbers, dataset
     if finished.exists():
         return finished, dataset
     if not raw:
@@ -230,7 +284,19 @@ def _data_paths(raw: str, processed: str) -> tuple[Path, Path]:
             f"{finished} does not exist. Check --processed-data-file, or name Criteo's train.txt "
             "with --raw-data-file to prepare it from."
         )
-    return Path(raw), dataset
+    return _days(Path(raw)) if values["data_set"] == "terabyte" else Path(raw), dataset
+
+
+def _days(beginning: Path) -> Path:
+    """Return the source that a file a day means, whose names begin so."""
+    if beginning.name != "day":
+        raise UserError(
+            f"--raw-data-file: with --data-set=terabyte it is expected to end in /day, which the "
+            f"names day_0, day_1 … of the files begin with; got {beginning}. Rename them."
+        )
+    folder = beginning.parent
+    is_raw = any(re.fullmatch(r"day_[0-9]+(\.gz)?", path.name) for path in folder.glob("day_*"))
+    return beginning if not is_raw and any(folder.glob("day_*_reordered.npz")) else folder
 
 
 def _free_run(training: Callable[[Path], TrainConfig] | None, dataset: Path) -> Path:
@@ -282,6 +348,8 @@ def _build(kind: type[T], settings: Mapping[str, Any]) -> T:
 
 
 _OF_FILES = (
+    "data_set",
+    "memory_map",
     "raw_data_file",
     "processed_data_file",
     "data_randomize",
@@ -322,9 +390,27 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
             }.items()
             for name in names
         },
+        **dict.fromkeys(
+            ("mlperf_bin_loader", "mlperf_bin_shuffle"),
+            (
+                not (
+                    values["memory_map"]
+                    and values["mlperf_logging"]
+                    and values["data_set"] == "terabyte"
+                ),
+                "without --memory-map, --mlperf-logging and --data-set=terabyte",
+            ),
+        ),
+        **dict.fromkeys(
+            ("debug_mode", "plot_compute_graph", "enable_profiling"),
+            (values["inference_only"], "with --inference-only: nothing is trained"),
+        ),
+        **dict.fromkeys(
+            ("mlperf_acc_threshold", "mlperf_auc_threshold", "mlperf_grad_accum_iter"),
+            (not values["mlperf_logging"], "without --mlperf-logging"),
+        ),
+        "print_precision": (not values["debug_mode"], "without --debug-mode"),
         "lr_decay_start_step": (values["lr_num_decay_steps"] == 0, "without --lr-num-decay-steps"),
-        "mlperf_acc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
-        "mlperf_auc_threshold": (not values["mlperf_logging"], "without --mlperf-logging"),
         "save_model": (
             values["test_freq"] <= 0 or values["inference_only"],
             "unless training is tested: a model is saved after a test. Use --test-freq",
@@ -351,7 +437,7 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _notes(values: Mapping[str, Any], idle: Mapping[str, str]) -> list[str]:
     """Return a note for each flag that was given and changes nothing here."""
-    already = {
+    already: dict[str, str] = {
         "num_workers": "one background thread reads here",
         "test_num_workers": "one background thread reads here",
         "dataset_multiprocessing": "preparation uses the cores that it may use in any case",
@@ -369,6 +455,26 @@ def _notes(values: Mapping[str, Any], idle: Mapping[str, str]) -> list[str]:
             if values[key] != FLAGS[key].default
         ),
     ]
+
+
+def _of_large_data(values: Mapping[str, Any], source: Path) -> list[str]:
+    """Return notes on the flags that the reference reads large data with."""
+    notes = []
+    if values["memory_map"]:
+        notes.append(
+            "--memory-map: preparation takes limited memory in any case; the training rows are in "
+            "an order of our own, since the reference draws no permutation then"
+        )
+    if values["mlperf_bin_loader"] and source.suffix != ".bin":
+        notes.append(
+            "--mlperf-bin-loader changes nothing: a DATASET holds bare numbers, and is read in "
+            "large blocks, in any case"
+        )
+    if values["mlperf_bin_shuffle"]:
+        notes.append(
+            "--mlperf-bin-shuffle: rows are shuffled when they are prepared, not when they are read"
+        )
+    return notes
 
 
 def _options(config: Any) -> list[str]:

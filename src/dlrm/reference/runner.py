@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from pathlib import Path
 
 from dlrm.bundle.export import export, refuse_missing_packages
 from dlrm.checkpoint import save_checkpoint
-from dlrm.config import GenerateConfig, PrepareConfig, write_config
-from dlrm.data.dataset import Dataset, copy_description
+from dlrm.config import GenerateConfig, PrepareConfig
+from dlrm.data.dataset import Dataset
 from dlrm.data.generation import generate
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
 from dlrm.device import open_device
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
-from dlrm.files import environment_faults, link_or_copy, locked
+from dlrm.files import environment_faults
+from dlrm.model.quantized import refuse_quantization
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
+from dlrm.reference.conversion import write_run
+from dlrm.reference.debug import ComputeGraph, DebugPrints
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
-from dlrm.training.begin import is_begun, refuse_taken, train_or_resume
+from dlrm.training.begin import (
+    is_begun,
+    refuse_another_training,
+    refuse_taken_run,
+    train_or_resume,
+)
+from dlrm.training.events import Events
+
+logger = logging.getLogger("dlrm")
 
 
 def run(request: Request) -> None:
@@ -41,9 +53,9 @@ def run(request: Request) -> None:
 def _run(request: Request) -> None:
     # What can be refused is refused before the long work starts.
     if request.inference_only:
-        refuse_taken(request.run)
+        refuse_taken_run(request.run)
     else:
-        is_begun(request.run, request.train)
+        refuse_another_training(request.run, request.train)
     if isinstance(request.prepare, PrepareConfig):
         assert request.source
         find_source(request.source, request.prepare)
@@ -56,6 +68,7 @@ def _run(request: Request) -> None:
         refuse_missing_packages()
     loaded = read_checkpoint(request.load_model) if request.load_model else None
     device = open_device(request.train.device, request.train.local_rank)
+    refuse_quantization(request.quantization, device, request.train)
     _announce(request, str(device))
 
     data = _prepare(request)
@@ -68,7 +81,7 @@ def _run(request: Request) -> None:
     test_batches = math.ceil(data.rows("test") / request.train.evaluation_batch_size)
     log = ReferenceLog(request, test_batches, loaded)
     if loaded is None:
-        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
+        _train(request, data, log)
     elif request.inference_only:
         _import(loaded, request, data)
         announce_loaded(loaded, request.mlperf_logging)
@@ -99,15 +112,19 @@ def _run(request: Request) -> None:
             f"# {request.save_onnx / 'model.onnx'}: in onnxruntime, probabilities of "
             f"{exported.compared_rows} rows differ by up to {exported.largest_difference:.1e}"
         )
+    # Not among the reference's lines on standard output, which others parse.
+    logger.info("the run is in %s", request.run)
 
 
 def _announce(request: Request, device: str) -> None:
     say("# The same in our own commands:")
     prepare_command, *others = request.commands()
     say(prepare_command)
-    if request.load_model:
-        target = request.run if request.inference_only else request.train.continue_from
-        say(f"# ({request.load_model} is converted to {target} here; no command does that)")
+    if request.load_model and not request.inference_only:
+        say(
+            f"# ({request.load_model} is converted to {request.train.continue_from} here; dlrm "
+            "convert makes a RUN of it, with such a checkpoint)"
+        )
     for command in others:
         say(command)
     for note in request.notes:
@@ -133,20 +150,32 @@ def _make(request: Request, *, overwrite: bool = False) -> Dataset:
     return prepare(request.source, request.dataset, request.prepare, overwrite=overwrite)
 
 
+def _train(request: Request, data: Dataset, log: ReferenceLog) -> None:
+    listeners: list[Events] = [ProgressBar(), log]
+    if request.debug_mode:
+        listeners.append(DebugPrints(request, data))
+    if request.plot_compute_graph:
+        listeners.append(ComputeGraph(request.run / "graph.dot", data))
+    train_or_resume(request.dataset, request.run, request.train, listeners, profile=request.profile)
+
+
 def _continue(
     loaded: ReferenceCheckpoint, request: Request, data: Dataset, log: ReferenceLog
 ) -> None:
     say(f"Loading saved model {loaded.path}")
     initial = Path(request.train.continue_from)
     try:
-        if not is_begun(request.run, request.train):
+        refuse_another_training(request.run, request.train)
+        if not is_begun(request.run):
             schema = data.schema.with_max_ind_range(request.train.max_ind_range)
-            converted = convert(loaded, schema, request.train.model)
+            converted = convert(
+                loaded, schema, request.train.model, request.train.accumulate_batches
+            )
             with environment_faults(f"write to {request.run}"):
                 request.run.mkdir(parents=True, exist_ok=True)
             save_checkpoint(initial, *converted)
         announce_loaded(loaded, request.mlperf_logging)
-        train_or_resume(request.dataset, request.run, request.train, [ProgressBar(), log])
+        _train(request, data, log)
     finally:
         if not (request.run / "config.toml").exists():  # refused before it began
             initial.unlink(missing_ok=True)
@@ -159,11 +188,4 @@ def _import(loaded: ReferenceCheckpoint, request: Request, data: Dataset) -> Non
     say(f"Loading saved model {loaded.path}")
     config = dataclasses.replace(request.train, continue_from="")
     schema = data.schema.with_max_ind_range(config.max_ind_range)
-    imported = Run(request.run, schema, config, request.dataset)
-    converted = convert(loaded, schema, config.model)
-    with locked(request.run, "run"), environment_faults(f"write to {request.run}"):
-        (request.run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_checkpoint(imported.checkpoint("newest"), *converted)
-        link_or_copy(imported.checkpoint("newest"), imported.checkpoint("best"))
-        copy_description(request.dataset, request.run, schema)
-        write_config(request.run / "config.toml", config, request.dataset)
+    write_run(loaded, Run(request.run, schema, config, request.dataset))

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dlrm.metrics import QUANTILE
 from dlrm.report.curves import Curve
@@ -31,6 +32,8 @@ WIDTH = 360
 """Units of a figure's width."""
 _HEIGHT = 270
 _LEGEND_ROW = 16
+_SMALL = 8.6
+"""Size of labels that stand close together."""
 _POINTS_AN_INCH = 72  # Matplotlib's SVG has a unit a point
 
 # Colours no figure needs, each standing for what the page calls it.
@@ -42,8 +45,18 @@ _ROLES = {
     "#030303": "series-3",
     "#030304": "series-4",
     "#030305": "series-5",
+    "#040401": "rate-1",
+    "#040402": "rate-2",
+    "#040403": "rate-3",
+    "#040404": "rate-4",
+    "#040405": "rate-5",
 }
-_INK, _GRID, *_SERIES = _ROLES
+_INK, _GRID = list(_ROLES)[:2]
+_SERIES = [colour for colour, role in _ROLES.items() if role.startswith("series")]
+_RATES = [colour for colour, role in _ROLES.items() if role.startswith("rate")]
+_RATE_MARKERS = "vvo^^"
+"""Of the groups of click rates, so that they differ without colour too."""
+RATE_GROUPS = len(_RATES)
 _DASHES = ("solid", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1.5)))
 """Of the series, so that they differ without colour too."""
 MOST_SERIES = len(_SERIES)
@@ -158,34 +171,42 @@ def draw_progress(
 
 def draw_roc(key: str, title: str, description: str, lines: Sequence[Line]) -> Drawing:
     """Draw ROC curves."""
-    with _Sheet() as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="chance")
-        _draw_curves(axes, lines)
-        axes.set(
-            xlabel="False positive rate (share of non-clicks)",
-            ylabel="True positive rate (share of clicks)",
-            xlim=(0, 1),
-            ylim=(0, 1.01),
-        )
-        _legend_above(figure, len(lines) + 1)
-        return _finish(figure, key, title, description)
+    labels = ("False positive rate (share of non-clicks)", "True positive rate (share of clicks)")
+    return _draw_rates(key, title, description, lines, labels, Line("chance", _DIAGONAL))
 
 
 def draw_precision_recall(
     key: str, title: str, description: str, lines: Sequence[Line], click_rate: float
 ) -> Drawing:
     """Draw precision-recall curves."""
+    labels = ("Recall (share of clicks)", "Precision (share that was clicked)")
+    level = Curve(np.array([0.0, 1.0]), np.full(2, click_rate))
+    return _draw_rates(key, title, description, lines, labels, Line("click rate", level))
+
+
+_DIAGONAL = Curve(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+
+
+def _draw_rates(
+    key: str,
+    title: str,
+    description: str,
+    lines: Sequence[Line],
+    labels: tuple[str, str],
+    guess: Line,
+) -> Drawing:
+    """Draw curves in the unit square, beside what a guess reaches; ``labels`` are of x and y."""
     with _Sheet() as (figure, axes):
-        axes.axhline(
-            click_rate, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="click rate"
+        axes.plot(
+            guess.curve.x,
+            guess.curve.y,
+            color=_INK,
+            linewidth=0.8,
+            linestyle=(0, (4, 3)),
+            label=guess.name,
         )
         _draw_curves(axes, lines)
-        axes.set(
-            xlabel="Recall (share of clicks)",
-            ylabel="Precision (share that was clicked)",
-            xlim=(0, 1),
-            ylim=(0, 1.01),
-        )
+        axes.set(xlabel=labels[0], ylabel=labels[1], xlim=(0, 1), ylim=(0, 1.01))
         _legend_above(figure, len(lines) + 1)
         return _finish(figure, key, title, description)
 
@@ -287,6 +308,145 @@ def draw_bars(
         axes.set(xlabel=x_label)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         return _finish(figure, key, title, description)
+
+
+def draw_map(
+    key: str,
+    title: str,
+    description: str,
+    points: npt.NDArray[np.float32],
+    groups: npt.NDArray[np.int64],
+    names: Sequence[str],
+) -> Drawing:
+    """Draw points of a plane whose axes mean nothing, by groups of click rates.
+
+    Args:
+        key: The figure's id in the page.
+        title: What it is.
+        description: What one sees.
+        points: (n, 2).
+        groups: (n,) of each its group, from 0: the lowest rates.
+        names: (RATE_GROUPS,) of the groups.
+    """
+    with _Sheet(height=WIDTH) as (figure, axes):
+        _draw_groups(axes, points[:, 0], points[:, 1], groups, names)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set(xticks=[], yticks=[])
+        axes.margins(0.03)
+        axes.spines[:].set(visible=True, color=_GRID)
+        _legend_above(figure, len(names))
+        return _finish(figure, key, title, description)
+
+
+def draw_lengths(
+    key: str,
+    title: str,
+    description: str,
+    counts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.float64],
+    groups: npt.NDArray[np.int64],
+    names: Sequence[str],
+) -> Drawing:
+    """Draw the lengths of vectors over how many rows they were trained on.
+
+    Args:
+        key: The figure's id in the page.
+        title: What it is.
+        description: What one sees.
+        counts: (n,) rows, on a logarithmic axis.
+        lengths: (n,).
+        groups: (n,) of each the group of its click rate, from 0: the lowest rates.
+        names: (RATE_GROUPS,) of the groups.
+    """
+    with _Sheet() as (figure, axes):
+        _draw_groups(axes, counts, lengths, groups, names)
+        axes.set_xscale("log")
+        axes.set(
+            xlabel="Training rows with the value", ylabel="Length of its vector", ylim=(0, None)
+        )
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _legend_above(figure, len(names))
+        return _finish(figure, key, title, description)
+
+
+def draw_similarity(
+    key: str,
+    title: str,
+    description: str,
+    names: Sequence[str],
+    matrix: npt.NDArray[np.float64],
+) -> Drawing:
+    """Draw how alike any two of several things are, the darker the more; the diagonal is left out.
+
+    Args:
+        key: The figure's id in the page.
+        title: What it is.
+        description: What one sees.
+        names: (F,).
+        matrix: (F, F), symmetric, from 0.
+    """
+    others = ~np.eye(len(names), dtype=np.bool_)
+    most = max(0.1, math.ceil(10 * matrix[others].max() - 1e-9) / 10)
+    places = np.arange(len(names))
+    with _Sheet(height=WIDTH) as (figure, axes):
+        for row, column in zip(*np.nonzero(others), strict=True):
+            axes.add_patch(_cell((column, row), matrix[row, column] / most))
+        axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(len(names) - 0.4, -0.6), aspect="equal")
+        labels = [_shortened(name, 16) for name in names]
+        axes.set_xticks(places, labels, rotation=90, size=_SMALL)
+        axes.set_yticks(places, labels, size=_SMALL)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        steps = [most * step / 4 for step in range(5)]
+        figure.legend(
+            [_cell((0, 0), step / most) for step in steps],
+            [f"{step:.3g}" for step in steps],
+            loc="outside upper left",
+            ncols=5,
+            borderaxespad=0,
+            columnspacing=1.2,
+            handlelength=1.2,
+        )
+        return _finish(figure, key, title, description)
+
+
+def _cell(middle: tuple[float, float], share: float) -> Rectangle:
+    x, y = middle
+    return Rectangle(
+        (x - 0.45, y - 0.45),
+        0.9,
+        0.9,
+        facecolor=(_SERIES[0], float(share)),
+        edgecolor=_GRID,
+        linewidth=0.4,
+    )
+
+
+def _draw_groups(
+    axes: Axes,
+    x: npt.NDArray[Any],
+    y: npt.NDArray[Any],
+    groups: npt.NDArray[np.int64],
+    names: Sequence[str],
+) -> None:
+    """Draw points by groups of click rates; the average ones lie below the others."""
+    middle = RATE_GROUPS // 2
+    for group, name in enumerate(names):
+        own = groups == group
+        axes.plot(
+            x[own],
+            y[own],
+            linestyle="none",
+            marker=_RATE_MARKERS[group],
+            markersize=4,
+            markeredgewidth=0,
+            color=_RATES[group],
+            label=name,
+            zorder=2 + abs(group - middle) / 10,
+        )
 
 
 def wilson_interval(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,6 @@ from dlrm.metrics import Metrics
 from dlrm.report.curves import Curve, Curves, curves_of
 from dlrm.report.figures import (
     MOST_SERIES,
-    Drawing,
     Line,
     draw_bars,
     draw_calibration,
@@ -35,11 +33,11 @@ from dlrm.report.figures import (
     draw_progress,
     draw_roc,
 )
+from dlrm.report.html import Shown, Table, output_path, render, rounded
 from dlrm.report.importance import REPEATS, Importances, permutation_importance
 from dlrm.runs import AnyRun, Run, RunResult, open_run
 from dlrm.schema import Split
 from dlrm.seed_table import HEADER, NOTE, PUBLISHED, distance_to_best, table_row
-from dlrm.version import __version__
 
 logger = logging.getLogger("dlrm")
 
@@ -50,25 +48,6 @@ _LINE_POINTS = 300
 _LISTED_POINTS = 12
 """Rows of the table under a curve."""
 _SPLIT: Split = "test"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    highlighted: int | None = None
-    """The row that the report is about."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A figure, the table of what it shows, and a sentence about it."""
-
-    drawing: Drawing
-    table: Table
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,9 +100,7 @@ def write_report(
         EnvironmentFaultError: The disk is full or read-only.
     """
     run = Path(run)
-    path = Path(output) if output else run / "report.html"
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path.parent} is not a folder, so {path} cannot be written. Make it.")
+    path = output_path(output, run / "report.html")
     if importance_rows < 0:
         raise UserError(f"--importance-rows must not be negative; got {importance_rows}.")
     if len(compare) >= MOST_SERIES:
@@ -140,7 +117,7 @@ def write_report(
     known = _known_truth(subject, data, Path(truth) if truth else None)
     page = _page(subject, others, comparison, data, missing, known, importance_rows)
     with atomic_write(path) as file:
-        file.write(page.encode())
+        file.write(page)
     return path
 
 
@@ -165,16 +142,11 @@ def _read(name: str, path: Path) -> _Subject:
 def _open_dataset(run: AnyRun, place: Path | None) -> tuple[Dataset | None, str]:
     """Open the DATASET of a run; None and why, where it is gone and nobody said where to."""
     try:
-        data = Dataset.open(place or run.dataset)
+        return run.open_dataset(place), ""
     except UserError as error:
         if place:
             raise
-        return None, f"the DATASET cannot be read ({error})"
-    if data.schema.fingerprint == run.schema.fingerprint:
-        return data, ""
-    if place:
-        raise UserError(f"{place} is not the DATASET that {run.path} was trained on.")
-    return None, f"the DATASET at {data.path} is another than the run was trained on"
+        return None, f"the DATASET cannot be used ({error})"
 
 
 def _known_truth(subject: _Subject, data: Dataset | None, path: Path | None) -> Truth | None:
@@ -195,7 +167,7 @@ def _page(
     missing: str,
     truth: Truth | None,
     importance_rows: int,
-) -> str:
+) -> bytes:
     run, result, test = subject.run, subject.result, subject.test
     figures = _learning(run)
     skipped: list[str] = []
@@ -207,15 +179,9 @@ def _page(
             "them, and no AUC."
         )
     importances, reason = _importances(subject, data, missing, importance_rows)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dlrm.report", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     own_row = table_row(run, result)
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "report.html.jinja",
         name=subject.name,
         kind=subject.kind,
         headline=_headline(subject, truth),
@@ -237,7 +203,6 @@ def _page(
             ("", ""), tuple((key, str(value)) for key, value in result.hardware.items())
         ),
         command=shlex.join(["dlrm", "report", str(run.path), *_compare_options(others)]),
-        dlrm_version=__version__,
     )
 
 
@@ -290,7 +255,7 @@ def _facts(subject: _Subject, truth: Truth | None) -> list[str]:
 def _with_interval(value: float, interval: tuple[float, float]) -> str:
     low, high = interval
     if math.isnan(low):
-        return _number(value)
+        return rounded(value)
     return f"{value:.4f} (95% interval {low:.4f} to {high:.4f})"
 
 
@@ -310,12 +275,12 @@ _METRIC_NAMES = {
 def _metrics_table(result: RunResult) -> Table:
     splits = list(result.metrics)
     rows = [
-        (text, *(_number(getattr(result.metrics[split], name), 6) for split in splits))
+        (text, *(rounded(getattr(result.metrics[split], name), 6) for split in splits))
         for name, text in _METRIC_NAMES.items()
     ]
     for name, text in (("auc", "ROC AUC"), ("log_loss", "log loss")):
         intervals = (getattr(result.metrics[split], f"{name}_interval") for split in splits)
-        cells = (f"{_number(low)} to {_number(high)}" for low, high in intervals)
+        cells = (f"{rounded(low)} to {rounded(high)}" for low, high in intervals)
         rows.append((f"{text}, 95% interval", *cells))
     rows.append(("rows", *(f"{result.metrics[split].samples:,}" for split in splits)))
     rows.append(("ids never seen in training", *(f"{result.unknown_ids[s]:,}" for s in splits)))
@@ -338,12 +303,12 @@ def _comparison(subject: _Subject, others: Sequence[_Subject], comparison: Compa
             (
                 each.name,
                 each.kind,
-                _number(test.auc),
+                rounded(test.auc),
                 differences.get("auc", "-"),
-                _number(test.log_loss),
+                rounded(test.log_loss),
                 differences.get("log_loss", "-"),
-                _number(test.normalized_entropy),
-                _number(test.calibration),
+                rounded(test.normalized_entropy),
+                rounded(test.calibration),
             )
         )
     header = (
@@ -381,7 +346,7 @@ def _learning(run: AnyRun) -> list[Shown]:
         )
         points.append(Line(f"{split} log loss", held_back))
     unit = "nats" if loss != "mse" else "squared probability"
-    x_label = f"Step (of {run.config.mini_batch_size:,} rows)"
+    x_label = f"Step (of {run.config.step_rows:,} rows)"
     fell = f"from {train.y[0]:.4f} to {train.y[-1]:.4f}"
     drawing = draw_progress(
         "loss",
@@ -409,7 +374,7 @@ def _learning(run: AnyRun) -> list[Shown]:
         drawing = draw_progress(
             "auc",
             f"AUC of {split} while training",
-            f"{len(evaluations)} evaluations, the best {_number(best)}.",
+            f"{len(evaluations)} evaluations, the best {rounded(best)}.",
             lines=[],
             points=[line],
             x_label=x_label,
@@ -665,13 +630,9 @@ def _table_of_curve(header: tuple[str, str], curve: Curve) -> Table:
 
 def _table_of_lines(x_name: str, lines: Sequence[Line]) -> Table:
     rows = [
-        (line.name, f"{line.curve.x[i]:,.0f}", _number(float(line.curve.y[i]), 6))
+        (line.name, f"{line.curve.x[i]:,.0f}", rounded(float(line.curve.y[i]), 6))
         for line in lines
         if len(line.curve.x)
         for i in _listed(len(line.curve.x))
     ]
     return Table(("line", x_name, "value"), tuple(rows))
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"

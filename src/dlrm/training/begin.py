@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from dlrm.config import (
-    TrackingConfig,
-    TrainConfig,
-    differences,
-    read_run_config,
-    write_config,
-)
+from dlrm.config import TrainConfig, differences, read_run_config, write_config
 from dlrm.data.dataset import Dataset, copy_description
 from dlrm.device import memory_faults, open_device
-from dlrm.errors import UserError
+from dlrm.errors import StoppedBySignalError, UserError
 from dlrm.files import environment_faults, locked
-from dlrm.runs import Run, RunResult
-from dlrm.schema import FeatureSchema, read_schema
+from dlrm.runs import Run, RunResult, to_resume
+from dlrm.schema import read_schema
 from dlrm.training.events import Events, JsonLines
 from dlrm.training.interruption import noted_signals
 from dlrm.training.mlperf import MlperfLog
 from dlrm.training.profiling import StepProfiler, trace_file
-from dlrm.training.saving import Checkpoints, Saver
+from dlrm.training.saving import Checkpoints, Progress, Saver
 from dlrm.training.tensorboard import TensorBoard
 from dlrm.training.trainer import Trainer
 
@@ -67,15 +60,12 @@ def train(
     if not isinstance(config, TrainConfig):
         raise UserError(f"config must be a TrainConfig; got {type(config).__name__}.")
     dataset, run = Path(dataset), Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
+    trace = trace_file(Path(profile), run) if profile is not None else None
     data = Dataset.open(dataset)
     device = open_device(config.device, config.local_rank)
-    # Dropout draws from PyTorch's own generator, which is the caller's again afterwards.
-    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
-        refuse_taken(run)
-        schema = data.schema.with_max_ind_range(config.max_ind_range)
-        _refuse_unknown_feature(config.tracking, schema)
-        trainer = Trainer(data, Run(run, schema, config, dataset), device, started=started)
+    with _training(run):
+        refuse_taken_run(run)
+        trainer = Trainer(data, _described(data, run, config), device, started=started)
         return _train(trainer, listeners, trace)
 
 
@@ -108,12 +98,14 @@ def resume(
     """
     started = time.perf_counter()
     run = Path(run)
-    trace = trace_file(Path(profile)) if profile is not None else None
+    trace = trace_file(Path(profile), run) if profile is not None else None
     config, place = read_run_config(run)
-    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
+    with _training(run):
         if (run / "result.json").exists():
             result = Run.open(run).result()
             logger.info("%s has ended already (%s); its result:", run, result.stopped)
+            if trace is not None:
+                logger.warning("nothing is trained, so %s is not written", trace)
             return result
         place = Path(dataset) if dataset else place
         if place is None:
@@ -121,24 +113,58 @@ def resume(
         data = Dataset.open(place)
         _refuse_other_features(data, run)
         device = open_device(config.device, config.local_rank)
-        schema = data.schema.with_max_ind_range(config.max_ind_range)
-        _refuse_unknown_feature(config.tracking, schema)
-        opened = Run(run, schema, config, place)
-        checkpoints = Checkpoints(run / "checkpoints", config.keep)
-        progress = checkpoints.newest_sound()
-        if progress is None and opened.checkpoint("newest").exists():
-            raise UserError(
-                f"{opened.checkpoint('newest')} lacks what an exact resume takes: it was imported, "
-                "or saved by an older dlrm. A new run takes it with --continue-from."
-            )
-        if progress is None:
-            logger.info("%s was interrupted before its first checkpoint; it begins anew", run)
-        else:
-            logger.info("going on after step %d", progress.position.total_steps)
-            checkpoints.name(progress)
-        checkpoints.clear(progress.position.total_steps if progress else None)
-        trainer = Trainer(data, opened, device, progress, started)
-        return _train(trainer, listeners, trace)
+        described = _described(data, run, config)
+        progress = _go_on(described)
+        return _train(Trainer(data, described, device, progress, started), listeners, trace)
+
+
+@contextlib.contextmanager
+def _training(run: Path) -> Iterator[None]:
+    """Hold a RUN's lock, and leave the caller's generator as it was, from which dropout draws."""
+    with locked(run, "run"), torch.random.fork_rng(), memory_faults("train"):
+        yield
+
+
+def _described(data: Dataset, run: Path, config: TrainConfig) -> Run:
+    """Describe the RUN of a training on a DATASET.
+
+    Raises:
+        UserError: An option names a feature that there is not.
+    """
+    schema = data.schema.with_max_ind_range(config.max_ind_range)
+    feature, names = config.tracking.tensorboard_projector, [each.name for each in schema.sparse]
+    if feature and feature not in names:
+        raise UserError(
+            f"--tensorboard-projector: there is no sparse feature {feature!r}. There are "
+            f"{', '.join(names)}."
+        )
+    return Run(run, schema, config, data.path)
+
+
+def _go_on(run: Run) -> Progress | None:
+    """Find where an interrupted RUN goes on, and put its checkpoints in order.
+
+    Returns:
+        How far it had come; None: it begins anew.
+
+    Raises:
+        UserError: All its checkpoints are damaged, or were not made for an exact resume.
+        EnvironmentFaultError: The disk is full or fails.
+    """
+    checkpoints = Checkpoints(run.path / "checkpoints", run.config.keep)
+    progress = checkpoints.newest_sound()
+    if progress is not None:
+        logger.info("going on after step %d", progress.position.total_steps)
+        checkpoints.name(progress)
+    elif run.checkpoint("newest").exists():
+        raise UserError(
+            f"{run.checkpoint('newest')} lacks what an exact resume takes: it was imported, "
+            "or saved by an older dlrm. A new run takes it with --continue-from."
+        )
+    else:
+        logger.info("%s was interrupted before its first checkpoint; it begins anew", run.path)
+    checkpoints.clear(progress.position.total_steps if progress else None)
+    return progress
 
 
 def _refuse_other_features(data: Dataset, run: Path) -> None:
@@ -150,15 +176,6 @@ def _refuse_other_features(data: Dataset, run: Path) -> None:
         raise UserError(
             f"{data.path} is not the DATASET that {run} was trained on: its fingerprint is "
             f"{data.schema.fingerprint}, expected {expected}. Name the right one."
-        )
-
-
-def _refuse_unknown_feature(tracking: TrackingConfig, schema: FeatureSchema) -> None:
-    names = [feature.name for feature in schema.sparse]
-    if tracking.tensorboard_projector and tracking.tensorboard_projector not in names:
-        raise UserError(
-            f"--tensorboard-projector: there is no sparse feature "
-            f"{tracking.tensorboard_projector!r}. There are {', '.join(names)}."
         )
 
 
@@ -206,34 +223,63 @@ def _train(trainer: Trainer, listeners: Sequence[Events], trace: Path | None) ->
         return trainer.finish()
 
 
+@contextlib.contextmanager
+def way_on(run: Path, to_go_on: str) -> Iterator[None]:
+    """Say of a training that something ends how to go on with it, unless it cannot.
+
+    Args:
+        run: The RUN folder.
+        to_go_on: What goes on with it.
+    """
+    try:
+        yield
+    except StoppedBySignalError as error:
+        raise error.with_way_on(to_go_on) from None
+    except UserError:
+        raise
+    except BaseException:
+        if is_begun(run):
+            logger.warning("%s is unfinished. To go on: %s", run, to_go_on)
+        raise
+
+
 def train_or_resume(
-    dataset: Path, run: Path, config: TrainConfig, listeners: Sequence[Events] = ()
+    dataset: Path,
+    run: Path,
+    config: TrainConfig,
+    listeners: Sequence[Events] = (),
+    *,
+    profile: Path | None = None,
 ) -> RunResult:
     """Train, or go on with just that, if it was begun and interrupted; see ``train``."""
-    if is_begun(run, config):
-        return resume(run, dataset, listeners)
-    return train(dataset, run, config, listeners)
+    refuse_another_training(run, config)
+    if is_begun(run):
+        return resume(run, dataset, listeners, profile=profile)
+    return train(dataset, run, config, listeners, profile=profile)
 
 
-def is_begun(run: Path, config: TrainConfig) -> bool:
-    """Tell whether a RUN folder holds the training that is asked for.
+def is_begun(run: Path) -> bool:
+    """Tell whether a RUN folder holds a training, which may have ended."""
+    return (run / "config.toml").exists()
+
+
+def refuse_another_training(run: Path, config: TrainConfig) -> None:
+    """Refuse a RUN folder that holds anything but the training that is asked for, or nothing yet.
 
     Raises:
-        UserError: It holds something else; of another training, the options that differ are named.
+        UserError: Naming what it holds; of another training, the options that differ.
     """
-    if not (run / "config.toml").exists():
-        refuse_taken(run)
-        return False
-    if changed := differences(read_run_config(run)[0], config):
+    if not is_begun(run):
+        refuse_taken_run(run)
+    elif changed := differences(read_run_config(run)[0], config):
         raise UserError(
             f"{run} holds a run already, with other options than are asked for: "
             f"{', '.join(changed)}. Give those in {run / 'config.toml'} to go on with it, or "
             "choose another folder."
         )
-    return True
 
 
-def refuse_taken(run: Path) -> None:
+def refuse_taken_run(run: Path) -> None:
     """Refuse a RUN folder that holds anything but what goes into a new one: its DATASET, weights.
 
     Raises:
@@ -249,7 +295,7 @@ def refuse_taken(run: Path) -> None:
     if (run / "config.toml").exists():
         raise UserError(
             f"{run} holds a run already that has not ended: it was interrupted, or still goes on. "
-            f"dlrm train --resume {shlex.quote(str(run))} goes on with it. Or choose another "
+            f"{to_resume(run)} goes on with it. Or choose another "
             "folder, or delete this one."
         )
     if run.exists():

@@ -49,6 +49,8 @@ class Start:
     """Rows of an evaluation while training."""
     kernels: Literal["native", "plain"]
     kernels_reason: str
+    model: DLRM
+    """Moved by the steps that follow."""
     resumed: bool = False
     """Whether the run began before, and goes on."""
 
@@ -294,6 +296,10 @@ def logged(path: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("event") == event]
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class Console(Events):
     """A progress bar on a terminal, and a message for every report and evaluation."""
 
@@ -306,16 +312,16 @@ class Console(Events):
         if start.config.max_steps:
             steps = min(steps, start.config.max_steps)
         logger.info(
-            "training on %d rows: %d epochs of %d steps of %d rows",
-            start.train_rows,
-            start.config.epochs,
-            start.steps_per_epoch,
-            start.config.mini_batch_size,
+            "training on %s: %s of %s of %s",
+            _counted(start.train_rows, "row"),
+            _counted(start.config.epochs, "epoch"),
+            _counted(start.steps_per_epoch, "step"),
+            _counted(start.config.step_rows, "row"),
         )
         logger.info("%s kernels: %s", start.kernels, start.kernels_reason)
         self._bar = tqdm(
-            total=steps * start.config.mini_batch_size,
-            initial=start.position.total_steps * start.config.mini_batch_size,
+            total=steps * start.config.step_rows,
+            initial=start.position.total_steps * start.config.step_rows,
             desc="train",
             unit=" samples",
             unit_scale=True,

@@ -82,8 +82,8 @@ class MlperfLog(AppendedLog):
         config = start.config
         self._log_submission(config)
         self._event(keys.SEED, config.seed)
-        self._event(keys.GLOBAL_BATCH_SIZE, config.mini_batch_size)
-        self._event(keys.GRADIENT_ACCUMULATION_STEPS, 1)
+        self._event(keys.GLOBAL_BATCH_SIZE, config.step_rows)
+        self._event(keys.GRADIENT_ACCUMULATION_STEPS, config.accumulate_batches)
         self._log_optimizer(config.optimizer)
         if position.total_steps:
             self._event(keys.INIT_CHECKPOINT_STEP, position.total_steps)

@@ -133,7 +133,7 @@ class Optimizer:
     @property
     def param_groups(self) -> list[dict[str, list[Tensor]]]:
         """All that has a gradient, as ``torch.amp.GradScaler`` asks an optimizer for it."""
-        holders = [arena.gradient_holder for arena in self._sparse_arch.arenas]
+        holders = [each for arena in self._sparse_arch.arenas for each in arena.gradient_holders]
         return [{"params": [*self._dense.values(), *holders]}]
 
     @torch.no_grad()

@@ -139,8 +139,12 @@ class StepProfiler(Events):
         return {name: parts[name] for name in dict.fromkeys(PARTS.values()) if name in parts}
 
 
-def trace_file(path: Path) -> Path:
+def trace_file(path: Path, run: Path) -> Path:
     """Return the file that ``--profile`` means: of a folder, ``trace.json`` in it.
+
+    Args:
+        path: What was given.
+        run: A folder that may be missing yet.
 
     Raises:
         UserError: It cannot be a trace, or its folder is missing.
@@ -152,7 +156,7 @@ def trace_file(path: Path) -> Path:
             f"--profile: {path} is neither a folder nor the name of a .json or .json.gz file. "
             "Choose one of these."
         )
-    if not path.parent.is_dir():
+    if path.parent != run and not path.parent.is_dir():
         raise UserError(f"--profile: {path.parent} is not a folder. Make it.")
     return path
 

@@ -34,24 +34,12 @@ from dlrm.files import (
 )
 from dlrm.model.dlrm import DLRM
 from dlrm.ops.library import advise_huge_pages
+from dlrm.training.meter import Metered
 from dlrm.training.optimizer import Optimizer
 
 logger = logging.getLogger("dlrm")
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Metered:
-    """What was trained since the last report."""
-
-    loss: float = 0.0
-    """Summed over rows."""
-    samples: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    data_wait_seconds: float = 0.0
-    """Of these, spent waiting for data."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +181,7 @@ class Checkpoints:
         progress: Progress,
         flush_log: Callable[[], None],
     ) -> None:
-        """Write a checkpoint, let the names lead to it, and remove those that are too many.
+        """Write a checkpoint; ``name`` is what lets the names lead to it.
 
         Args:
             tensors: Weights and optimizer state.
@@ -224,11 +212,13 @@ class Checkpoints:
             if step not in self.steps():  # it does not count, and takes room
                 self._remove(self.tensors_file(step))
             raise
-        self.name(progress)
-        self._remove_surplus(step)
 
     def name(self, progress: Progress) -> None:
-        """Let ``newest`` and ``best`` be names of a checkpoint and of the best of its time."""
+        """Let ``newest`` and ``best`` be names of a checkpoint and of the best of its time.
+
+        Raises:
+            EnvironmentFaultError: The disk is full or fails.
+        """
         for name, step in (
             ("newest", progress.position.total_steps),
             ("best", progress.best_step),
@@ -247,7 +237,7 @@ class Checkpoints:
                 another is saved.
         """
         if newest is not None:
-            self._remove_surplus(newest, after=False)
+            self.remove_surplus(newest, after=False)
         steps = set(self.steps())
         for path in self._folder.glob(".*.partial"):
             self._remove(path)
@@ -256,8 +246,16 @@ class Checkpoints:
             if match and int(match[1]) not in steps:
                 self._remove(path)
 
-    def _remove_surplus(self, newest: int, *, after: bool = True) -> None:
-        """Keep the newest and the best of their times; what comes after was damaged, and left."""
+    def remove_surplus(self, newest: int, *, after: bool = True) -> None:
+        """Keep the newest and the best of their times.
+
+        Args:
+            newest: The step of the newest sound checkpoint.
+            after: Remove those that come after it too, which were damaged, and left.
+
+        Raises:
+            EnvironmentFaultError: The disk fails.
+        """
         steps = [step for step in self.steps() if after or step <= newest]
         kept = set([step for step in steps if step <= newest][-self._keep :])
         for step in tuple(kept):
@@ -322,6 +320,7 @@ class Saver:
         self.failed: list[tuple[Progress, EnvironmentFaultError]] = []
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Progress, BaseException | None] | None = None
+        self._unnamed: Progress | None = None  # saved, but newest and best do not lead to it yet
         self._was_short = False
         self._room: Tensors | None = None
         self._touching: threading.Thread | None = None
@@ -432,10 +431,36 @@ class Saver:
         else:
             raise error
 
+    def name(self) -> EnvironmentFaultError | None:
+        """Let the names lead to what is saved, where they do not yet, and remove what is too many.
+
+        Each save does so; if that failed, the checkpoint counts all the same.
+
+        Returns:
+            Why it failed, if it did.
+        """
+        if self._unnamed is None:
+            return None
+        try:
+            self._checkpoints.name(self._unnamed)
+            self._checkpoints.remove_surplus(self._unnamed.position.total_steps)
+        except EnvironmentFaultError as error:
+            return error
+        self._unnamed = None
+        return None
+
     def _write(self, tensors: Tensors, info: CheckpointInfo, progress: Progress) -> None:
         error: BaseException | None = None
         try:
-            self._checkpoints.save(tensors, info, progress, self._flush_log)
+            try:
+                self._checkpoints.save(tensors, info, progress, self._flush_log)
+                self._unnamed = progress
+            finally:
+                if fault := self.name():
+                    logger.warning(
+                        "newest and best of the checkpoints do not lead to what is saved yet: %s",
+                        fault,
+                    )
         except BaseException as caught:
             error = caught
         self._outcome = (progress, error)

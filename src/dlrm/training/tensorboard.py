@@ -13,26 +13,20 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from dlrm.checkpoint import Position
 from dlrm.data.dataset import Dataset
-from dlrm.data.vocabulary import Vocabulary
+from dlrm.embeddings import common_values
 from dlrm.errors import EnvironmentFaultError
 from dlrm.files import atomic_write, environment_faults
 from dlrm.model.dlrm import DLRM
 from dlrm.runs import Run
-from dlrm.schema import FeatureSchema
 from dlrm.training.events import Evaluation, Events, Finish, Report
 
 logger = logging.getLogger("dlrm")
-
-_COUNTED_ROWS = 1 << 16
-"""Rows that are counted at once."""
 
 
 class TensorBoard(Events):
@@ -114,23 +108,26 @@ class TensorBoard(Events):
 
     def _write_projector(self, model: DLRM) -> None:
         """Write the vectors of a feature's commonest values in the training rows, with labels."""
-        schema, tracking = self._run.schema, self._run.config.tracking
-        feature = tracking.tensorboard_projector
-        index = [each.name for each in schema.sparse].index(feature)
-        counts, clicks = count_ids(self._data, schema, index)
-        ids = np.argsort(-counts, kind="stable")[: tracking.tensorboard_projector_rows]
-        ids = ids[counts[ids] > 0]
-        vectors = vectors_of(model, index, torch.from_numpy(ids)).cpu().numpy()
-        values = values_of(self._run, index, ids)
+        tracking = self._run.config.tracking
+        names = [feature.name for feature in self._run.schema.sparse]
+        (common,) = common_values(
+            self._run,
+            model,
+            self._data,
+            [names.index(tracking.tensorboard_projector)],
+            tracking.tensorboard_projector_rows,
+        )
         with atomic_write(self._folder / "tensors.tsv") as file:
-            np.savetxt(file, vectors, fmt="%.9g", delimiter="\t")
+            np.savetxt(file, common.vectors, fmt="%.9g", delimiter="\t")
         with atomic_write(self._folder / "metadata.tsv") as file:
             file.write(b"value\tcount\tclick_rate\n")
-            for value, count, clicked in zip(values, counts[ids], clicks[ids], strict=True):
+            for value, count, clicked in zip(
+                common.values, common.counts, common.clicks, strict=True
+            ):
                 file.write(f"{value}\t{count}\t{clicked / count:.6f}\n".encode())
         with atomic_write(self._folder / "projector_config.pbtxt") as file:
             file.write(
-                f"embeddings {{\n  tensor_name: {json.dumps(feature)}\n"
+                f"embeddings {{\n  tensor_name: {json.dumps(common.name)}\n"
                 '  tensor_path: "tensors.tsv"\n  metadata_path: "metadata.tsv"\n}\n'.encode()
             )
 
@@ -171,69 +168,3 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{name}/{index}", each)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, float(value)
-
-
-@torch.no_grad()
-def vectors_of(model: DLRM, index: int, ids: torch.Tensor) -> torch.Tensor:
-    """Return the vectors, (N, D), that ids of a sparse feature meet the other features with."""
-    lengths = torch.zeros(len(ids), len(model.tables), dtype=torch.int64)
-    lengths[:, index] = 1
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.view(-1).cumsum(0)])
-    vectors: torch.Tensor = model.sparse_arch(ids.to(model.device), offsets.to(model.device))
-    return vectors[:, index]
-
-
-def count_ids(
-    data: Dataset, schema: FeatureSchema, index: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Count, of each id of a sparse feature, the training rows that have it, and their clicks.
-
-    Args:
-        data: The DATASET, read once.
-        schema: With which batches are made.
-        index: Which of its sparse features.
-
-    Returns:
-        Both (num_embeddings,).
-    """
-    size = schema.sparse[index].num_embeddings
-    counts, clicks = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    for batch in data.batches("train", _COUNTED_ROWS, schema=schema):
-        assert batch.labels is not None
-        labels = batch.labels.numpy()
-        if batch.offsets is None:
-            ids = batch.sparse_features[:, index].numpy()
-        else:
-            lengths = batch.offsets.diff().numpy()
-            bags = np.repeat(np.arange(len(lengths)), lengths)
-            own = bags % len(schema.sparse) == index
-            ids = batch.sparse_features.numpy()[own]
-            labels = labels[bags[own] // len(schema.sparse)]
-        counts += np.bincount(ids, minlength=size)
-        clicks += np.bincount(ids[labels > 0], minlength=size)
-    return counts, clicks
-
-
-def values_of(run: Run, index: int, ids: npt.NDArray[np.int64]) -> list[str]:
-    """Return what ids of a sparse feature stand for.
-
-    That is the raw value, in 8 hexadecimal digits; where ids are taken modulo a number, the
-    commonest value of those that share one. Without a vocabulary it is the id.
-    """
-    feature = run.schema.sparse[index]
-    names = {int(id_): f"id {id_}" for id_ in ids}
-    if feature.other_id >= 0:
-        names[feature.other_id % feature.num_embeddings] = "other"
-    if not feature.vocabulary:
-        return [names[int(id_)] for id_ in ids]
-    best = dict.fromkeys(names, -1)
-    wanted = np.zeros(feature.num_embeddings, np.bool_)
-    wanted[ids] = True
-    for part in Vocabulary.read_parts(run.path / "vocabulary" / feature.vocabulary):
-        own = part.ids % feature.id_modulus if feature.id_modulus else part.ids
-        for at in np.flatnonzero(wanted[own]):
-            id_, count = int(own[at]), int(part.counts[at])
-            if count > best[id_]:
-                best[id_] = count
-                names[id_] = f"{part.values[at]:08x}"
-    return [names[int(id_)] for id_ in ids]

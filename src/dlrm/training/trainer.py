@@ -6,12 +6,11 @@ import contextlib
 import dataclasses
 import logging
 import math
-import shlex
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from dlrm.data.dataset import Dataset
 from dlrm.device import random_state, set_random_state
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
+from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM, initialize, whole_table_bytes
 from dlrm.predictions import PredictionsWriter
 from dlrm.runs import (
@@ -37,6 +37,7 @@ from dlrm.runs import (
     RunResult,
     hardware,
     peak_memory_bytes,
+    to_resume,
     versions,
 )
 from dlrm.schema import Split
@@ -52,10 +53,10 @@ from dlrm.training.events import (
     Stop,
 )
 from dlrm.training.interruption import InterruptedNow, Interruption
-from dlrm.training.meter import Meter
+from dlrm.training.meter import Meter, Metered
 from dlrm.training.mlperf import MlperfLog
 from dlrm.training.optimizer import Optimizer, learning_rate
-from dlrm.training.saving import Metered, Progress, Saver, first_not_finite, tensors_of
+from dlrm.training.saving import Progress, Saver, first_not_finite, tensors_of
 from dlrm.training.step import choose_step
 
 logger = logging.getLogger("dlrm")
@@ -65,6 +66,17 @@ _NOT_TRAINING = (
     *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrackingConfig)),
 )
 """Options that change no result."""
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """An evaluation on the selection split, so that the last is not made twice."""
+
+    step: int
+    """Steps taken in all when it was made."""
+    result: SplitResult
+    is_written: bool
+    """Whether its predictions are."""
 
 
 class Trainer:
@@ -101,10 +113,9 @@ class Trainer:
         self._saver: Saver | None = None
 
         self.train_rows = data.rows("train")
-        batches = math.ceil(self.train_rows / config.mini_batch_size)
-        if config.num_batches and config.num_batches < batches:
-            batches = config.num_batches
-            self.train_rows = batches * config.mini_batch_size
+        if config.num_batches:
+            self.train_rows = min(self.train_rows, config.num_batches * config.mini_batch_size)
+        batches = math.ceil(self.train_rows / config.step_rows)
         if batches == 0:
             raise UserError(f"{data.path} has no training rows. Prepare it from more rows.")
         self.steps_per_epoch = batches
@@ -136,7 +147,13 @@ class Trainer:
                 f"with --max-steps {config.max_steps} nothing is left to train. Ask for more."
             )
         self.first_step = self.optimizer.steps = self.position.total_steps
-        self.step = choose_step(self.model, self.optimizer, config.loss, config.amp)
+        self.step = choose_step(
+            self.model,
+            self.optimizer,
+            config.loss,
+            config.amp,
+            part_rows=config.mini_batch_size if config.accumulate_batches > 1 else 0,
+        )
         if self.step.scaler and scaler_state:
             self.step.scaler.load_state_dict(scaler_state)
 
@@ -150,9 +167,7 @@ class Trainer:
         self.train_loss = math.nan
         self._evaluation_due = False
         self._machine = self._describe_machine()
-        # The newest evaluation, the step it was made at, and whether predictions were written, so
-        # that the last is not made twice.
-        self._evaluated: tuple[int, SplitResult, bool] | None = None
+        self._evaluated: _Evaluated | None = None  # the newest
         self._meter = Meter(device, progress.metered if progress else Metered())
         if progress:
             self._restore(progress)
@@ -218,6 +233,7 @@ class Trainer:
             self._evaluation_rows(),
             self.step.kernels,
             self.step.reason,
+            self.model,
             resumed=self.progress is not None,
         )
         for listener in self.listeners:
@@ -231,7 +247,7 @@ class Trainer:
         while self.position.epoch < self.config.epochs and not self.stopped:
             batches = self.data.batches(
                 "train",
-                self.config.mini_batch_size,
+                self.config.step_rows,
                 schema=self.run.schema,
                 first_batch=self.position.step,
                 num_batches=self.steps_per_epoch - self.position.step,
@@ -271,7 +287,14 @@ class Trainer:
                 loss = self.step(batch.to(self.device), rate)
             self._look_at_saver()
             if watched and not math.isfinite(loss.item()):
-                raise self._diverged(loss.item(), rate)
+                first = (position.step - 1) * config.step_rows
+                last_row = min(first + config.step_rows, self.train_rows) - 1
+                raise self._diverged(
+                    loss.item(),
+                    f"at step {position.step} of epoch {position.epoch}, whose batch is rows "
+                    f"{first} to {last_row} of the training split",
+                    rate,
+                )
             meter.add(loss, len(batch))
             for listener in self.listeners:
                 listener.on_step(position, len(batch))
@@ -322,7 +345,7 @@ class Trainer:
             number,
             f"stopped by {signal.Signals(number).name} after step {self.position.total_steps}; "
             f"{'nothing' if saved is None else f'step {saved}'} is saved.",
-            f"dlrm train --resume {shlex.quote(str(self.run.path))}",
+            to_resume(self.run.path),
         )
 
     def _save_last(self) -> None:
@@ -333,14 +356,15 @@ class Trainer:
             return
         # Saved before its evaluation it names another best; and none, if there was no evaluation.
         named = self.best_step is not None and self._lost_step != step
-        if self._saver.saved_step == step and named:
-            return
-        auc = -math.inf
-        if self._evaluated and self._evaluated[0] == step:
-            auc = self._evaluated[1].metrics.auc
-        if self.best_step is None or not auc <= self.best_auc:
-            self.best_auc, self.best_step = max(self.best_auc, auc), step
-        if fault := self._save(wait=True):
+        if self._saver.saved_step != step or not named:
+            auc = -math.inf
+            if self._evaluated and self._evaluated.step == step:
+                auc = self._evaluated.result.metrics.auc
+            if self.best_step is None or not auc <= self.best_auc:
+                self.best_auc, self.best_step = max(self.best_auc, auc), step
+            if fault := self._save(wait=True):
+                raise fault
+        if fault := self._saver.name():
             raise fault
 
     def finish(self) -> RunResult:
@@ -360,7 +384,14 @@ class Trainer:
         results: dict[str, SplitResult] = {}
         splits: tuple[Split, ...] = ("validation", "test")
         for split in splits:
-            results[split] = self._evaluate(split, write=True)
+            evaluated = self._evaluated if split == config.selection_split else None
+            if (
+                evaluated is None
+                or evaluated.step != self.position.total_steps
+                or not evaluated.is_written
+            ):
+                evaluated = self._evaluate(split, lambda metrics: True)
+            results[split] = evaluated.result
         result = RunResult(
             epochs=self.position.epoch + self.position.step / self.steps_per_epoch,
             train_samples=self.train_samples,
@@ -452,69 +483,66 @@ class Trainer:
                     f"{theirs}, and that of {self.data.path} is {ours}. Use the DATASET it was "
                     "trained on."
                 )
-        if info.mini_batch_size not in (0, self.config.mini_batch_size):
+        if info.mini_batch_size not in (0, self.config.step_rows):
             raise UserError(
-                f"{path} was saved with --mini-batch-size {info.mini_batch_size}, in which its "
-                f"position is counted; got {self.config.mini_batch_size}. Use the same."
+                f"{path} was saved with steps of {info.mini_batch_size} rows, in which its "
+                f"position is counted (--mini-batch-size times --accumulate-batches); got "
+                f"{self.config.step_rows}. Use the same."
             )
         load_weights(path, self.model, verified=verified)
         if info.optimizer:
             self.optimizer.load_state(load_optimizer_state(path))
         return info
 
-    def _diverged(self, loss: float, rate: float) -> UserError:
-        """Return what to raise when the loss of the step just taken is not finite."""
-        position, size = self.position, self.config.mini_batch_size
-        first = (position.step - 1) * size
+    def _diverged(self, loss: float, where: str, rate: float) -> UserError:
+        """Return what to raise when a loss is not finite."""
         name = first_not_finite(tensors_of(self.model, self.optimizer))
         return UserError(
-            f"the loss is {loss} at step {position.step} of epoch {position.epoch}, whose batch is "
-            f"rows {first} to {min(first + size, self.train_rows) - 1} of the training split: "
-            "training has diverged. Lower --learning-rate "
-            f"(it is {rate}), or warm up. The first tensor that is not finite is "
-            f"{name or 'the loss'}; what was saved before is kept."
+            f"the loss is {loss} {where}: training has diverged. Lower --learning-rate (it is "
+            f"{rate}), or warm up. The first tensor that is not finite is {name or 'the loss'}; "
+            "what was saved before is kept."
         )
 
     def _report(self, rate: float) -> None:
-        loss, samples, steps, seconds, data_wait_seconds = self._meter.read()
-        self.train_loss = loss
-        self.train_samples += samples
-        self.train_seconds += seconds
+        read = self._meter.read()
+        self.train_loss = loss = read.loss / read.samples
+        self.train_samples += read.samples
+        self.train_seconds += read.seconds
         if not math.isfinite(loss):  # of a device, where not every step is looked at
-            name = first_not_finite(tensors_of(self.model, self.optimizer))
-            raise UserError(
-                f"the loss is {loss} in the {steps} steps up to step {self.position.step} of epoch "
-                f"{self.position.epoch}: training has diverged. Lower --learning-rate (it is "
-                f"{rate}), or warm up. The first tensor that is not finite is "
-                f"{name or 'the loss'}; what was saved before is kept."
+            steps, position = read.steps, self.position
+            raise self._diverged(
+                loss,
+                f"in the {steps} steps up to step {position.step} of epoch {position.epoch}",
+                rate,
             )
         report = Report(
             self.position,
             self.steps_per_epoch,
             loss,
-            1000 * seconds / steps,
-            1000 * data_wait_seconds / steps,
-            samples / seconds,
+            1000 * read.seconds / read.steps,
+            1000 * read.data_wait_seconds / read.steps,
+            read.samples / read.seconds,
             rate,
         )
         for listener in self.listeners:
             listener.on_report(report)
 
-    def _evaluate(self, split: Split, *, write: bool) -> SplitResult:
-        """Evaluate a split, unless that was done, and maybe write its predictions."""
-        evaluated = self._evaluated
-        if (
-            evaluated
-            and split == self.config.selection_split
-            and evaluated[0] == self.position.total_steps
-            and evaluated[2] >= write
-        ):
-            return evaluated[1]
+    def _evaluate(
+        self, split: Split, is_wanted: Callable[[Metrics], bool] | None = None
+    ) -> _Evaluated:
+        """Evaluate a split.
+
+        Args:
+            split: Which split.
+            is_wanted: Tells of its metrics whether its predictions are kept; None: none are
+                written.
+        """
         writing: AbstractContextManager[PredictionsWriter | None] = contextlib.nullcontext()
-        if write:
+        if is_wanted:
             writing = self.run.write_predictions(split, self.data.manifest.fingerprint)
+        is_written = False
         with writing as predictions:
-            return evaluate_split(
+            result = evaluate_split(
                 self.model,
                 self.data,
                 split,
@@ -524,33 +552,40 @@ class Trainer:
                 folder=self.run.path,
                 predictions=predictions,
             )
+            if is_wanted and predictions:
+                predictions.is_wanted = is_written = is_wanted(result.metrics)
+        return _Evaluated(self.position.total_steps, result, is_written)
 
     def _evaluate_and_save(self) -> None:
         for listener in self.listeners:
             listener.on_evaluation_start(self.position, self.steps_per_epoch)
         self._evaluation_due = True
+        config = self.config
         # What is likely to be the run's result, so that it is not evaluated once more.
         is_last = bool(self.stopped) or (
-            self.position.step == self.steps_per_epoch
-            and self.position.epoch + 1 == self.config.epochs
+            self.position.step == self.steps_per_epoch and self.position.epoch + 1 == config.epochs
         )
+        writes = is_last or bool(config.target_auc or config.target_accuracy)
+
+        def ends(metrics: Metrics) -> bool:
+            return is_last or bool(self._reached(metrics))
+
         try:
             with self.interruption.at_once():
                 try:
-                    result = self._evaluate(self.config.selection_split, write=is_last)
+                    evaluated = self._evaluate(config.selection_split, ends if writes else None)
                 except EnvironmentFaultError:
-                    if not is_last:
+                    if not writes:
                         raise
                     # The disk may be full. First what was trained is saved; at the end predictions
                     # are tried again.
-                    is_last = False
-                    result = self._evaluate(self.config.selection_split, write=False)
+                    evaluated = self._evaluate(config.selection_split)
         except InterruptedNow:
             raise self._stopped_by_signal() from None
         self._look_at_saver(wait=True)  # whether the best so far is saved
         self._evaluation_due = False
-        self._evaluated = (self.position.total_steps, result, is_last)
-        metrics = result.metrics
+        self._evaluated = evaluated
+        metrics = evaluated.result.metrics
         is_best = not metrics.auc <= self.best_auc  # an undefined AUC (one class) counts as new
         if is_best:
             self._best_before = (self.best_auc, self.best_step)
@@ -568,13 +603,18 @@ class Trainer:
         )
         for listener in self.listeners:
             listener.on_evaluation(evaluation)
+        self.stopped = self._reached(metrics) or self.stopped
+        self._save()
+
+    def _reached(self, metrics: Metrics) -> str:
+        """Tell which target an evaluation reaches; empty: none."""
         for name, value, target in (
-            ("auc", metrics.auc, self.config.target_auc),
             ("accuracy", metrics.accuracy, self.config.target_accuracy),
+            ("auc", metrics.auc, self.config.target_auc),
         ):
             if target and value >= target:
-                self.stopped = f"{TARGET_REACHED}: {name} {value:.6f} ≥ {target}"
-        self._save()
+                return f"{TARGET_REACHED}: {name} {value:.6f} ≥ {target}"
+        return ""
 
     def _save(self, *, wait: bool = False) -> EnvironmentFaultError | None:
         """Save a checkpoint, and return why one was not saved, if that is known."""
@@ -587,7 +627,7 @@ class Trainer:
             self.run.schema.fingerprint,
             self.config.optimizer.optimizer,
             self.data.manifest.fingerprint,
-            self.config.mini_batch_size,
+            self.config.step_rows,
             self.step.scaler.state_dict() if self.step.scaler else None,
         )
         tensors = tensors_of(self.model, self.optimizer)
