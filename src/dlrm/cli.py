@@ -382,7 +382,6 @@ class Evaluate:
                 "checkpoint": self.checkpoint,
                 **dataclasses.asdict(result.metrics),
                 "unknown_ids": result.unknown_ids,
-                "samples_per_second": round(result.samples_per_second, 1),
                 **({"quantization": result.quantization} if result.quantization else {}),
             }
         )

@@ -47,8 +47,9 @@ class QuantizationResult:
     full_table_bytes: int
     layer_bytes: int
     full_layer_bytes: int
-    full_samples_per_second: float
+    samples_per_second: float
     """As ``SplitResult.samples_per_second``."""
+    full_samples_per_second: float
     auc_difference: float
     """Of fewer bits minus full."""
     auc_difference_interval: tuple[float, float]
@@ -184,6 +185,7 @@ def evaluate(
             sizes[0],
             layer_bytes(model),
             sizes[1],
+            fewer.samples_per_second,
             full.samples_per_second,
             difference.difference,
             difference.on_rows.interval,
