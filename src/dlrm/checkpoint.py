@@ -75,13 +75,14 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointI
             name: (_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes)
             for name, tensor in tensors.items()
         },
-        map(_content, tensors.values()),
+        map(tensor_bytes, tensors.values()),
         {"dlrm": msgspec.json.encode(info, order="deterministic").decode()},
         checksum=True,
     )
 
 
-def _content(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, of one on a CPU a view."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
 

@@ -30,6 +30,7 @@ from dlrm.config import (
     DeviceKind,
     GenerateConfig,
     PrepareConfig,
+    QuantizationConfig,
     SynthesizeConfig,
     TableConfig,
     TrainConfig,
@@ -354,6 +355,10 @@ class Evaluate:
     """The most memory that the metrics take (see dlrm train); None: as in training."""
     decision_threshold: float | None = None
     """Of precision, recall and F1 (see dlrm train); None: as in training."""
+    quantize_mlp_with_bit: Literal[8, 16, 32] = 32
+    """Of the layers' weights. 8: integers; 16: bfloat16; 32: as in training."""
+    quantize_emb_with_bit: Literal[4, 8, 32] = 32
+    """Of the embedding tables: integers with a scale and a bias a row; 32: as in training."""
 
     def execute(self) -> None:
         """Evaluate and print the metrics."""
@@ -369,6 +374,7 @@ class Evaluate:
             amp=self.amp,
             evaluation_memory=self.evaluation_memory,
             decision_threshold=self.decision_threshold,
+            quantization=QuantizationConfig(self.quantize_mlp_with_bit, self.quantize_emb_with_bit),
         )
         _print_json(
             {
@@ -376,6 +382,7 @@ class Evaluate:
                 "checkpoint": self.checkpoint,
                 **dataclasses.asdict(result.metrics),
                 "unknown_ids": result.unknown_ids,
+                **({"quantization": result.quantization} if result.quantization else {}),
             }
         )
 
@@ -482,6 +489,10 @@ class Predict:
     """Which card of that kind."""
     amp: Amp | None = None
     """Mixed precision (see dlrm train); None: as in training."""
+    quantize_mlp_with_bit: Literal[8, 16, 32] = 32
+    """Of the layers' weights. 8: integers; 16: bfloat16; 32: as in training."""
+    quantize_emb_with_bit: Literal[4, 8, 32] = 32
+    """Of the embedding tables: integers with a scale and a bias a row; 32: as in training."""
 
     def execute(self) -> None:
         """Predict and print a summary."""
@@ -493,6 +504,7 @@ class Predict:
             device=self.device,
             local_rank=self.local_rank,
             amp=self.amp,
+            quantization=QuantizationConfig(self.quantize_mlp_with_bit, self.quantize_emb_with_bit),
         )
         summary = predict_file(
             predictor,
@@ -502,6 +514,44 @@ class Predict:
             overwrite=self.overwrite,
         )
         _print_json(summary)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's model for other programs, as ONNX.
+
+    FOLDER gets model.onnx, of plain operators, and model.onnx.data with the weights where these
+    take more than 512 MiB. Its inputs are what the model's are: dense features after their
+    transform, ids of all rows' bags with their offsets. It appears when onnxruntime gives the
+    model's probabilities with it, on rows of the run's DATASET or made-up ones.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """What `dlrm train` made."""
+    folder: tyro.conf.Positional[Path]
+    """The folder to make."""
+    format: Literal["onnx"] = "onnx"
+    """What to write."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """The best on validation, or the newest."""
+    one_id: bool = False
+    """Take one id a feature, a matrix, -1 for none, instead of bags of any length."""
+    dataset: Path | None = None
+    """Where the run's DATASET is now; by default where it was."""
+
+    def execute(self) -> None:
+        """Export and print what was written, and the largest difference."""
+        from dlrm.bundle.export import export
+
+        _print_json(
+            export(
+                self.run,
+                self.folder,
+                checkpoint=self.checkpoint,
+                one_id=self.one_id,
+                dataset=self.dataset,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -672,6 +722,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "compare": (Compare, "tell whether runs differ beyond noise"),
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
+    "export": (Export, "write a run's model as ONNX, for other programs"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),

@@ -230,6 +230,11 @@ def _refuse_copies(
                     )
 
 
+def auc_difference(paired: Paired) -> Difference:
+    """Return how the AUCs of two models on the same rows differ: the first's minus the second's."""
+    return _difference("auc", [0], [1], ("first", "second"), paired, None)
+
+
 def _difference(
     metric: MetricName,
     first: list[int],

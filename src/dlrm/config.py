@@ -656,6 +656,20 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class QuantizationConfig:
+    """Of how many bits weights are for inference; 32: as they were trained."""
+
+    quantize_mlp_with_bit: Literal[8, 16, 32] = 32
+    """Of the layers. 8: integers; 16: bfloat16."""
+    quantize_emb_with_bit: Literal[4, 8, 32] = 32
+    """Of the embedding tables: integers, with a scale and a bias a row."""
+
+    def __post_init__(self) -> None:
+        """Refuse other numbers."""
+        _require_types(self)
+
+
+@dataclass(frozen=True)
 class BenchTrainConfig:
     """What ``dlrm bench train`` measures."""
 

@@ -127,6 +127,41 @@ def _open_as_it_is(path: str, flags: int) -> int:
     return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
+@contextmanager
+def atomic_folder(path: Path, what: str) -> Iterator[Path]:
+    """Make a folder that appears under its name only when it is complete.
+
+    Yields:
+        The folder to fill, hidden beside its place. On an exception it goes.
+
+    Args:
+        path: Its place, which is locked meanwhile.
+        what: What the folder is, for messages ("run", "bundle").
+
+    Raises:
+        UserError: Something is there already, other than an empty folder; or another process makes
+            it.
+        EnvironmentFaultError: The disk is full or read-only.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with locked(path, what):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise UserError(
+                f"{path} is there already, and is not overwritten. Choose another {what}."
+            )
+        with environment_faults(f"write to {path.parent}"):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir()
+        try:
+            yield partial
+            with environment_faults(f"write to {path.parent}"):
+                flush_folder(partial)
+                os.replace(partial, path)
+                flush_folder(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def is_plain_name(name: str) -> bool:
     """Tell whether a name that was read leads to something in the very folder it is put after."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from dlrm.config import Amp, DeviceKind, TrainConfig, size_bytes
+from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig, size_bytes
 from dlrm.data import criteo
 from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
@@ -25,6 +25,7 @@ from dlrm.errors import UserError
 from dlrm.files import atomic_write
 from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.model.dlrm import DLRM
+from dlrm.model.quantized import FULL, quantize, refuse_quantization
 from dlrm.model.score import Scorer
 from dlrm.progress import progress
 from dlrm.runs import Run, Which
@@ -134,6 +135,7 @@ def load(
     device: DeviceKind = "cpu",
     local_rank: int = 0,
     amp: Amp | None = None,
+    quantization: QuantizationConfig = FULL,
 ) -> Predictor:
     """Load a trained model; its DATASET is not needed.
 
@@ -146,9 +148,10 @@ def load(
         device: Where to compute.
         local_rank: Which card of that kind.
         amp: Whether matrices are multiplied in lower precision; None: as in training.
+        quantization: Of how many bits weights are.
 
     Raises:
-        UserError: The run is missing or damaged.
+        UserError: The run is missing or damaged, or ``quantization`` does not go with the rest.
         EnvironmentFaultError: The device is missing.
     """
     run = Run.open(Path(path))
@@ -161,6 +164,8 @@ def load(
     encoder = Encoder.open(run.path, run.schema) if run.schema.encodes_values else None
     model = run.load_model(checkpoint, open_device(device, local_rank))
     config = run.config if amp is None else replace(run.config, amp=amp)
+    refuse_quantization(quantization, model.device, config)
+    quantize(model, quantization)
     return Predictor(run.schema, config, model, encoder, run.path)
 
 

@@ -85,8 +85,8 @@ def test_the_default_of_a_refused_flag_asks_for_nothing(flag: Flag) -> None:
 
 
 def test_all_refusals_come_at_once() -> None:
-    with pytest.raises(UserError, match=r"(?s)--dist-backend: .*--save-onnx: "):
-        read_flags([DATASET, "--dist-backend=gloo", "--save-onnx"])
+    with pytest.raises(UserError, match=r"(?s)--dist-backend: .*--world_size: "):
+        read_flags([DATASET, "--dist-backend=gloo", "--world_size=2"])
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,8 @@ def test_all_refusals_come_at_once() -> None:
         (["--arch-mlp-bot=13-x"], "expected integers as in 13-512-16, got '13-x'"),
         (["--loss-weights=1"], "expected two numbers as in 0.4-1.6, got '1'"),
         (["--loss-weights=1-a"], "expected two numbers as in 0.4-1.6, got '1-a'"),
+        (["--quantize-mlp-with-bit=4"], "expected 8 or 16 or 32, got '4'"),
+        (["--quantize-emb-with-bit=16"], "expected 4 or 8 or 32, got '16'"),
         (["--round-targets=maybe"], "expected True or False, got 'maybe'"),
         (["--loss-function=hinge"], "expected mse or bce or wbce, got 'hinge'"),
         (["--mlperf-logging=True"], "--mlperf-logging: ignored explicit argument 'True'"),
@@ -183,8 +185,8 @@ EFFECTS = {
     "qr-flag": "",
     "qr-operation=add": QR,
     "qr-threshold=9": QR,
-    "quantize-emb-with-bit=8": None,
-    "quantize-mlp-with-bit=8": None,
+    "quantize-emb-with-bit=8": "--inference-only --load-model=m.pt",
+    "quantize-mlp-with-bit=8": "--inference-only --load-model=m.pt",
     "rand-data-dist=gaussian": ROWS,
     "rand-data-max=0": GAUSSIAN,
     "rand-data-min=0.5": GAUSSIAN,
@@ -193,7 +195,7 @@ EFFECTS = {
     "raw-data-file=other/train.txt": "",
     "round-targets=True": ROWS,
     "save-model=m.pt": "--test-freq=2",
-    "save-onnx": None,
+    "save-onnx": "",
     "sync-dense-params=False": None,
     "tensor-board-filename=run_kaggle_pt": "",
     "test-freq=10": "",

@@ -79,12 +79,37 @@ def test_a_model_is_saved_and_tested_again(
     saved = f"{tmp_path / 'model.pt'}"
     trained = run(f"{flags} --nepochs=2 --test-freq=10 --save-model={saved}", tmp_path, capsys)
     (tmp_path / "run").rename(tmp_path / "first")
-    again = run(f"{flags} --load-model={saved} --inference-only", tmp_path, capsys)
+    again = run(
+        f"{flags} --load-model={saved} --inference-only --quantize-emb-with-bit=8", tmp_path, capsys
+    )
     # Soft labels: above 0.5 they count as clicks.
     tests = [line for line in trained if line.startswith(" accuracy")]
     best = re.search(r"best ([\d.]+) %", tests[-1])
     assert best
     assert f" accuracy {best[1]} %, best {best[1]} %" in again
+    assert re.fullmatch(
+        # Vectors of 2 float32 become 2 codes beside scale and bias: tables this narrow grow.
+        r"# quantized: tables 90 of 72 bytes, MLPs 288 of 288; AUC [+-]0\.\d{6} \(95% .*\)",
+        again[-1],
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["--qr-flag --qr-threshold=4", "--md-flag --md-threshold=3", "--weighted-pooling=fixed"]
+)
+def test_the_final_model_is_written_as_onnx(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--mini-batch-size=10 --data-size=95 --num-indices-per-lookup=3 {kind} --save-onnx"
+    lines = run(flags, tmp_path, capsys)
+    bundle = tmp_path / "run" / "bundle"
+    assert f"dlrm export {bundle.parent} {bundle} --checkpoint newest" in lines
+    assert re.fullmatch(
+        rf"# {bundle / 'model.onnx'}: in onnxruntime, probabilities of 95 rows differ by up to "
+        r"\d\.\de-\d\d",
+        lines[-1],
+    )
+    assert [path.name for path in bundle.iterdir()] == ["model.onnx"]
 
 
 def test_synthetic_rows_follow_the_traces(

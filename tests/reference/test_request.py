@@ -14,6 +14,7 @@ from dlrm.config import (
     ModelConfig,
     OptimizerConfig,
     PrepareConfig,
+    QuantizationConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -190,6 +191,29 @@ def test_the_commands_mean_the_same(flags: str) -> None:
     assert prepare.options == asked.prepare
     assert (train.dataset, train.run) == (asked.dataset, asked.run)
     assert train.options == asked.train
+
+
+def test_the_command_of_quantized_inference() -> None:
+    flags = "--quantize-mlp-with-bit=8 --quantize-emb-with-bit=4"
+    asked = request(f"--inference-only --load-model=m.pt --run=r {flags}")
+    assert asked.quantization == QuantizationConfig(8, 4)
+    assert cli.parse(shlex.split(asked.commands()[2])[1:]) == cli.Evaluate(
+        Path("r"),
+        "test",
+        checkpoint="newest",
+        quantize_mlp_with_bit=8,
+        quantize_emb_with_bit=4,
+    )
+    asked = request(flags)
+    assert asked.quantization == QuantizationConfig()
+    assert "--quantize-emb-with-bit has no effect without --inference-only" in asked.notes
+
+
+def test_the_command_of_an_export() -> None:
+    asked = request("--save-onnx --run=r")
+    assert cli.parse(shlex.split(asked.commands()[2])[1:]) == cli.Export(
+        Path("r"), Path("r/bundle"), checkpoint="newest"
+    )
 
 
 def test_the_command_of_inference() -> None:

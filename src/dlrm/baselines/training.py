@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +16,7 @@ from dlrm.config import BaselineConfig, write_config
 from dlrm.data.dataset import Dataset, in_blocks
 from dlrm.device import available_memory
 from dlrm.errors import EnvironmentFaultError, UserError
-from dlrm.files import atomic_write, environment_faults, flush_folder, locked
+from dlrm.files import atomic_folder, atomic_write
 from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.progress import progress
 from dlrm.runs import AnyRun, RunResult, hardware, peak_memory_bytes, versions
@@ -60,22 +58,9 @@ def train_baseline(dataset: Path | str, run: Path | str, config: BaselineConfig)
             "training on %d of %d rows, evenly spread (--max-rows)", rows, data.rows("train")
         )
     _refuse_too_much(model, data, rows)
-    with locked(run, "run"):
-        if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-            raise UserError(f"{run} is there already, and is not overwritten. Choose another RUN.")
-        partial = run.with_name(f".{run.name}.partial")
-        with environment_faults(f"write to {run.parent}"):
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir()
-        try:
-            made = AnyRun(partial, data.schema, config, dataset)
-            result = _train(model, data, made, rows, started)
-            with environment_faults(f"write to {run.parent}"):
-                flush_folder(partial)
-                os.replace(partial, run)
-                flush_folder(run.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(run, "run") as partial:
+        made = AnyRun(partial, data.schema, config, dataset)
+        result = _train(model, data, made, rows, started)
     return result
 
 

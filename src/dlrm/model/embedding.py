@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dlrm.model.quantized_tables import QuantizedTables
 from dlrm.ops.library import advise_huge_pages
 from dlrm.ops.rounding import NARROW
 
@@ -46,6 +47,8 @@ class Arena(nn.Module):
         self.arena = nn.Parameter(arena, requires_grad=not self.is_narrow)
         # Looks up vectors in training instead, and updates the arena when gradients arrive.
         self.fused: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        # Looks up vectors of fewer bits instead, (rows, offsets, weights); the arena is then empty.
+        self.quantized: QuantizedTables | None = None
         # Of narrow tables: of each lookup its rows, (N,), and their vectors, (N, D).
         self._looked_up: list[tuple[Tensor, Tensor]] = []
         # Not part of the state: it follows from num_embeddings. Made on the CPU even under a
@@ -71,6 +74,10 @@ class Arena(nn.Module):
         shape = (-1, len(self.num_embeddings), self.arena.shape[1])
         if offsets is None:
             rows = ids + self.first_rows
+            if self.quantized is not None:
+                each = torch.arange(rows.numel() + 1)
+                weights = None if weights is None else weights.reshape(-1)
+                return self.quantized(rows.view(-1), each, weights).reshape(shape)
             if self.is_narrow:
                 vectors = self._look_up(rows.view(-1)).view(shape)
             else:
@@ -79,6 +86,8 @@ class Arena(nn.Module):
         bags = torch.arange(offsets.numel() - 1, device=offsets.device)
         lengths = offsets.diff()
         rows = ids + self.first_rows[bags % len(self.num_embeddings)].repeat_interleave(lengths)
+        if self.quantized is not None:
+            return self.quantized(rows, offsets, weights).reshape(shape)
         if self.is_narrow:
             vectors = self._look_up(rows)
             if weights is not None:
@@ -126,6 +135,11 @@ class Arena(nn.Module):
         self._looked_up = []
         self.arena.grad = None
 
+    @property
+    def nbytes(self) -> int:
+        """What its tables take, quantized or not."""
+        return self.arena.nbytes if self.quantized is None else self.quantized.codes.nbytes
+
     def split(self, per_row: Tensor) -> list[Tensor]:
         """Return a view of each table's part of a tensor whose first axis is the arena's rows."""
         return list(torch.split(per_row, list(self.num_embeddings)))
@@ -158,7 +172,7 @@ class NamedTables(nn.Module):
     @property
     def table_bytes(self) -> int:
         """What the tables take."""
-        return sum(table.nbytes for table in self.tables().values())
+        return sum(arena.nbytes for arena in self.arenas)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -32,6 +32,7 @@ class MLP(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
         layers: list[nn.Module] = []
         for size in layer_sizes:
             layers += [nn.Linear(in_features, size, device=device), nn.ReLU()]

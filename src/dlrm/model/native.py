@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from dlrm.config import Amp
 from dlrm.data.batch import Batch
 from dlrm.model.dlrm import DLRM
-from dlrm.model.embedding import SparseArch
+from dlrm.model.embedding import Arena, SparseArch
 from dlrm.model.mlp import MLP
+from dlrm.model.quantized import is_quantized
 from dlrm.model.variants import PartArena, VariantSparseArch
 from dlrm.ops.library import library
 
@@ -33,6 +34,8 @@ def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
         return False, f"the native kernels compute in float32, and --amp {amp} was asked for"
     if not library().loaded:
         return False, library().reason
+    if is_quantized(model.dense_arch) or is_quantized(model.over_arch):
+        return False, "the native kernels compute in float32, and the layers have fewer bits"
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             return False, (
@@ -212,14 +215,27 @@ class NativeForward:
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits, (B,), of a batch of any size."""
-        lookups = self.lookups(batch)
+        if self.tables.quantized is None:
+            return self._logits(batch, self.lookups(batch), self.arena, self.first_rows)
+        # The vectors of a part, in float32, are as a table that is looked up row by row.
+        logits = []
+        for _, part in self.parts(batch):
+            lookups = self.lookups(part)
+            vectors = Arena.forward(self.tables, lookups.ids, lookups.offsets, lookups.weights)
+            rows = torch.arange(len(part) * self.table_count).view(len(part), -1)
+            looked_up = Lookups(rows, None, None)
+            arena = vectors.reshape(rows.numel(), -1)
+            logits.append(self._logits(part, looked_up, arena, torch.zeros_like(self.first_rows)))
+        return torch.cat(logits)
+
+    def _logits(self, batch: Batch, lookups: Lookups, arena: Tensor, first_rows: Tensor) -> Tensor:
         logits: Tensor = torch.ops.dlrm.forward(
             batch.dense_features,
             lookups.ids,
             lookups.offsets,
             lookups.weights,
-            self.arena,
-            self.first_rows,
+            arena,
+            first_rows,
             self.combined,
             self.dense.weights,
             self.dense.biases,

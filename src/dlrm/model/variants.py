@@ -373,7 +373,9 @@ class VariantSparseArch(NamedTables):
     @property
     def table_bytes(self) -> int:
         """What tables, weights and projections take."""
-        return super().table_bytes + sum(weight.nbytes for weight in self.projections.parameters())
+        fixed = sum(arena.nbytes for arena in self._pooling_names("fixed"))
+        projections = sum(weight.nbytes for weight in self.projections.parameters())
+        return super().table_bytes + fixed + projections
 
     def _part_arenas(self) -> Iterator[PartArena]:
         for arena in (self.whole, self.halves):

@@ -105,6 +105,11 @@ def _choice(*values: str) -> Callable[[str], str]:
     return choose
 
 
+def _bits(*choices: int) -> Callable[[str], int]:
+    choose = _choice(*map(str, choices))
+    return lambda text: int(choose(text))
+
+
 def _refused(name: str, default: Any, why: str, read: Callable[[str], Any] | None = None) -> Flag:
     """Describe a flag that is refused; without ``read``, its default tells how its value reads."""
     if read is None and default is not False:
@@ -607,6 +612,26 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "Write a .pt that the reference can load whenever a test is the best so far.",
             str,
         ),
+        Flag(
+            "--quantize-mlp-with-bit",
+            32,
+            "With --inference-only: bits of the MLPs' weights. 8: integers; 16: bfloat16 (the "
+            "reference: float16).",
+            _bits(8, 16, 32),
+            ("quantize_mlp_with_bit",),
+        ),
+        Flag(
+            "--quantize-emb-with-bit",
+            32,
+            "With --inference-only: bits of the embedding tables.",
+            _bits(4, 8, 32),
+            ("quantize_emb_with_bit",),
+        ),
+        Flag(
+            "--save-onnx",
+            False,
+            "Write the final model as ONNX into RUN/bundle, as `dlrm export` does.",
+        ),
         Flag("--inference-only", False, "Test --load-model once, without training."),
         Flag(
             "--tensor-board-filename",
@@ -654,19 +679,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--world_size",
             1,
             "Of the Ascend port. Several processes are not supported yet. Use 1, or drop it.",
-        ),
-        *(
-            _refused(
-                f"--quantize-{what}-with-bit",
-                32,
-                "Quantization is not supported yet. Use 32, or drop it.",
-            )
-            for what in ("mlp", "emb")
-        ),
-        _refused(
-            "--save-onnx",
-            False,
-            "Export to ONNX is not supported yet. Drop it; --save-model keeps the weights.",
         ),
     ),
 }

@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dlrm.config import GenerateConfig, PrepareConfig, Shuffle, TrainConfig, read_run_config
+from dlrm.config import (
+    GenerateConfig,
+    PrepareConfig,
+    QuantizationConfig,
+    Shuffle,
+    TrainConfig,
+    read_run_config,
+)
 from dlrm.errors import UserError
 from dlrm.reference.flags import FLAGS, read_flags
 
@@ -60,7 +67,11 @@ class Request:
     """A .pt to start from; ``train.continue_from`` is what it is converted to."""
     save_model: Path | None
     """Where a .pt of the best test goes."""
+    save_onnx: Path | None
+    """The folder where the model goes as ONNX."""
     inference_only: bool
+    quantization: QuantizationConfig
+    """Of the model that inference tests."""
     mlperf_logging: bool
     print_time: bool
     print_wall_time: bool
@@ -80,20 +91,24 @@ class Request:
         dataset, run = str(self.dataset), str(self.run)
         verb = ["generate"] if self.source is None else ["prepare", str(self.source)]
         first = ["dlrm", *verb, dataset, *_options(self.prepare)]
-        if not self.inference_only:
+        if self.inference_only:
+            second = ["dlrm", "convert", str(self.load_model), run, "--data", dataset]
+            second += _options(self.train.loss)
+            if self.train.model.embedding_variant == "qr":
+                joined = self.train.model.qr_operation
+                second += _option("qr_operation", joined) if joined != "concat" else []
+            second += _option("max_ind_range", self.train.max_ind_range, 0)
+            third = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
+            for field in ("device", "local_rank"):
+                third += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
+            commands = [first, second, [*third, *_options(self.quantization)]]
+        else:
             second = ["dlrm", "train", dataset, "--run", run, *_options(self.train)]
             second += ["--profile", str(self.profile)] if self.profile else []
-            return [shlex.join(first), shlex.join(second)]
-        second = ["dlrm", "convert", str(self.load_model), run, "--data", dataset]
-        second += _options(self.train.loss)
-        if self.train.model.embedding_variant == "qr":
-            joined = self.train.model.qr_operation
-            second += _option("qr_operation", joined) if joined != "concat" else []
-        second += _option("max_ind_range", self.train.max_ind_range, 0)
-        third = ["dlrm", "evaluate", run, "--split", "test", "--checkpoint", "newest"]
-        for field in ("device", "local_rank"):
-            third += _option(field, getattr(self.train, field), getattr(TrainConfig, field))
-        return [shlex.join(first), shlex.join(second), shlex.join(third)]
+            commands = [first, second]
+        if self.save_onnx:
+            commands.append(["dlrm", "export", run, str(self.save_onnx), "--checkpoint", "newest"])
+        return [shlex.join(command) for command in commands]
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -167,6 +182,8 @@ def parse(arguments: Sequence[str]) -> Request:
             run=run,
             load_model=_optional_path(values["load_model"]),
             save_model=_optional_path(values["save_model"]),
+            save_onnx=run / "bundle" if values["save_onnx"] else None,
+            quantization=_build(QuantizationConfig, settings),
             inference_only=values["inference_only"],
             mlperf_logging=values["mlperf_logging"],
             print_time=values["print_time"],
@@ -401,6 +418,10 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
         "tensor_board_filename": (
             values["inference_only"],
             "with --inference-only: nothing is trained",
+        ),
+        **dict.fromkeys(
+            ("quantize_mlp_with_bit", "quantize_emb_with_bit"),
+            (not values["inference_only"], "without --inference-only"),
         ),
         "local_rank": (
             not values["use_gpu"] and not values["use_npu"] and values["local_rank"] > 0,

@@ -8,6 +8,7 @@ import logging
 import math
 from pathlib import Path
 
+from dlrm.bundle.export import export, refuse_missing_packages
 from dlrm.checkpoint import save_checkpoint
 from dlrm.config import GenerateConfig, PrepareConfig
 from dlrm.data.dataset import Dataset
@@ -18,6 +19,7 @@ from dlrm.device import open_device
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.evaluation import evaluate
 from dlrm.files import environment_faults
+from dlrm.model.quantized import refuse_quantization
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
 from dlrm.reference.conversion import write_run
 from dlrm.reference.debug import ComputeGraph, DebugPrints
@@ -62,8 +64,11 @@ def _run(request: Request) -> None:
             f"--save-model: {request.save_model.parent} is not a folder. Make it, or choose "
             "another place."
         )
+    if request.save_onnx:
+        refuse_missing_packages()
     loaded = read_checkpoint(request.load_model) if request.load_model else None
     device = open_device(request.train.device, request.train.local_rank)
+    refuse_quantization(request.quantization, device, request.train)
     _announce(request, str(device))
 
     data = _prepare(request)
@@ -89,25 +94,39 @@ def _run(request: Request) -> None:
             checkpoint="newest",
             device=config.device,
             local_rank=config.local_rank,
+            quantization=request.quantization,
         )
         log.report_test(result.metrics)
+        if told := result.quantization:
+            low, high = told.auc_difference_interval
+            say(
+                f"# quantized: tables {told.table_bytes:,} of {told.full_table_bytes:,} bytes, "
+                f"MLPs {told.layer_bytes:,} of {told.full_layer_bytes:,}; AUC "
+                f"{told.auc_difference:+.6f} (95% interval {low:+.6f} to {high:+.6f})"
+            )
     else:
         _continue(loaded, request, data, log)
+    if request.save_onnx:
+        exported = export(request.run, request.save_onnx, checkpoint="newest")
+        say(
+            f"# {request.save_onnx / 'model.onnx'}: in onnxruntime, probabilities of "
+            f"{exported.compared_rows} rows differ by up to {exported.largest_difference:.1e}"
+        )
     # Not among the reference's lines on standard output, which others parse.
     logger.info("the run is in %s", request.run)
 
 
 def _announce(request: Request, device: str) -> None:
     say("# The same in our own commands:")
-    *commands, last = request.commands()
-    for command in commands:
-        say(command)
+    prepare_command, *others = request.commands()
+    say(prepare_command)
     if request.load_model and not request.inference_only:
         say(
             f"# ({request.load_model} is converted to {request.train.continue_from} here; dlrm "
             "convert makes a RUN of it, with such a checkpoint)"
         )
-    say(last)
+    for command in others:
+        say(command)
     for note in request.notes:
         say(f"# note: {note}")
     say("Using CPU..." if device == "cpu" else f"Using {device}...")
