@@ -182,7 +182,8 @@ def _open(path: Path) -> safetensors.safe_open:
     if not path.exists():
         raise UserError(
             f"{path} does not exist. Check the path; a run that was interrupted before its first "
-            "evaluation has no checkpoint."
+            "evaluation has no best checkpoint: go on with `dlrm train --resume`, or take "
+            "--checkpoint newest, if one was saved."
         )
     try:
         return safetensors.safe_open(path, framework="pt")

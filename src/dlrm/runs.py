@@ -125,7 +125,10 @@ class AnyRun:
             UserError: The run has not ended, or its result is damaged.
         """
         path = self.path / "result.json"
-        content: dict[str, Any] = read_json(path, dict, "run")
+        way_on = (
+            f"Check the path; if it was interrupted, `dlrm train --resume {self.path}` goes on."
+        )
+        content: dict[str, Any] = read_json(path, dict, "run", if_missing=way_on)
         try:
             # JSON has no NaN, which is what a metric of one-class labels can be.
             content["metrics"] = _null_to_nan(content["metrics"])

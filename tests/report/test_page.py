@@ -198,5 +198,5 @@ def test_a_page_replaces_pages_alone(runs: Path, tmp_path: Path) -> None:
 def test_a_run_that_has_not_ended_is_refused(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "dlrm", tmp_path / "run")
     (run / "result.json").unlink()
-    with pytest.raises(UserError, match="is not a complete run"):
+    with pytest.raises(UserError, match=r"is not a complete run: .*`dlrm train --resume"):
         write_report(run)
