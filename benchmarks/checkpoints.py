@@ -63,7 +63,7 @@ class Alternating(Events):
             (Checkpoints, "save", self.writing),
         ):
             setattr(kind, name, timed(getattr(kind, name), into))
-        Trainer._save_is_due = lambda trainer: self._take()  # type: ignore[method-assign]
+        Trainer._save_is_due = lambda trainer: self._take()  # type: ignore[method-assign,assignment]
 
     def _take(self) -> bool:
         is_due, self.is_due = self.is_due, False
@@ -134,7 +134,8 @@ def resident_bytes() -> int:
 def draw_quickly(trainer: Trainer) -> None:
     """Fill the tables with small values, since initial weights are not what is measured."""
     with torch.no_grad():
-        trainer.model.sparse_arch.arena.uniform_(-0.01, 0.01)
+        for arena in trainer.model.sparse_arch.arenas:
+            arena.arena.uniform_(-0.01, 0.01)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -144,7 +145,7 @@ def measure(options: argparse.Namespace) -> None:
     if not dataset.exists():
         rows = made_up_rows(schema := bench_schema(bench), ROWS, bench.seed)
         write_dataset(dataset, schema, {"train": rows, "validation": [], "test": []})
-    Trainer.draw_weights = draw_quickly  # type: ignore[method-assign]
+    Trainer.draw_weights = draw_quickly  # type: ignore[method-assign,assignment]
     rate = 0.1 if options.optimizer == "sgd" else 0.01
     config = TrainConfig(
         model=model_config(bench),

@@ -42,7 +42,8 @@ def main() -> None:
     schema = bench_schema(bench)
     model = DLRM(schema, model_config(bench))
     with torch.no_grad():
-        model.sparse_arch.arena.uniform_(-0.01, 0.01)
+        for arena in model.sparse_arch.arenas:
+            arena.arena.uniform_(-0.01, 0.01)
     config = TrainConfig(model=model.config)
     scorer = Scorer(model, config.loss)
     with tempfile.TemporaryDirectory(prefix="dlrm-bench-") as scratch:

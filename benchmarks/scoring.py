@@ -14,12 +14,12 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from dlrm.bench import bench_schema, floor, layer_sizes, made_up_batches, model_config
 from dlrm.config import BenchTrainConfig, TrainConfig
-from dlrm.data.vocabulary import Encoder
 from dlrm.device import available_cores
 from dlrm.model.dlrm import DLRM
 from dlrm.prediction import Predictor
@@ -42,9 +42,10 @@ def main() -> None:
     schema = bench_schema(config)
     model = DLRM(schema, model_config(config))
     with torch.no_grad():
-        model.sparse_arch.arena.uniform_(-0.01, 0.01)
-    encoder = Encoder(schema.sparse, [None] * len(schema.sparse))  # rows are prepared already
-    predictor = Predictor(schema, TrainConfig(model=model.config), model, encoder)
+        for arena in model.sparse_arch.arenas:
+            arena.arena.uniform_(-0.01, 0.01)
+    # Rows are prepared already, so nothing is encoded.
+    predictor = Predictor(schema, TrainConfig(model=model.config), model, None, Path("benchmark"))
     layers = layer_sizes(schema, model.config)
     print(f"{'rows':>8}{'score, µs':>12}{'floor, µs':>12}{'score / floor':>15}")
     for rows, times in SIZES.items():

@@ -23,6 +23,7 @@ check() { # COMMAND…
 check ruff format --check
 check ruff check
 check mypy
+check mypy benchmarks
 check lint-imports
 check codespell
 # Two at a time, since most tests compute on one thread; with more, those that compute on all cores
