@@ -727,6 +727,8 @@ class ServeConfig:
     workers: int = 1
     """Processes that answer, on the same ports, each with its share of the cores. They share the
     tables."""
+    threads: int = 0
+    """Threads of a process that score, each a batch of its own; 0: one a core of its share."""
     max_batch_rows: int = 1024
     """Score at most so many rows together; requests that wait are taken together up to this."""
     batch_wait_ms: float = 0.0
@@ -775,6 +777,7 @@ class ServeConfig:
                      "max_connections"):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        require(self.threads >= 0, f"--threads must not be negative; got {self.threads}")
         for name in ("read_timeout", "idle_timeout", "request_timeout", "shutdown_timeout"):
             value = getattr(self, name)
             flag = f"--{name.replace('_', '-')}"

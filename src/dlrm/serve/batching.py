@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlrm.config import ServeConfig
+from dlrm.device import available_cores
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import Scores, ServedModel
 from dlrm.serve.protocol import RefusedError
@@ -51,8 +52,13 @@ class Batcher:
         self._queued_rows = 0
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
-        self._thread.start()
+        count = config.threads or max(1, available_cores() // config.workers)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"scoring-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def score(self, model: ServedModel, rows: Rows, timeout: float | None) -> Scores:
         """Wait for the scores of a request's rows.
@@ -92,8 +98,9 @@ class Batcher:
         """Score what was accepted, and end the thread."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _run(self) -> None:
         while jobs := self._next_batch():
@@ -129,7 +136,7 @@ class Batcher:
                 until = self._jobs[0].arrival + config.batch_wait_ms / 1000
                 while self._queued_rows < config.max_batch_rows and not self._closing:
                     left = until - time.monotonic()
-                    if left <= 0 or not self._changed.wait(left):
+                    if left <= 0 or not self._changed.wait(left) or not self._jobs:
                         break
             jobs: list[_Job] = []
             rows = 0
