@@ -13,7 +13,8 @@ from dlrm.data import criteo
 from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
 from dlrm.evaluation import evaluate
-from dlrm.prediction import load, predict_file
+from dlrm.predicting.files import predict_file
+from dlrm.prediction import load
 from dlrm.training.begin import train
 
 CONFIG = TrainConfig(
@@ -116,7 +117,7 @@ def test_an_unknown_id_is_an_empty_bag_and_is_counted(
     summary = predict_file(predictor, tmp_path / "row.txt", tmp_path / "out.csv")
     assert summary.unknown_ids == {"cat_3": 1}
     # The same as a model whose row for the known value is zero.
-    ids, _ = predictor._encoder.encode(block.sparse[:1])
+    ids, _ = predictor.encoder.encode(block.sparse[:1])
     table = predictor.model.sparse_arch.split(predictor.model.sparse_arch.arena.detach())[3]
     if ids[0, 3] >= 0:
         table[ids[0, 3]] = 0

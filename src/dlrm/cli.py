@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, Protocol
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TextIO
 
 import msgspec
 import tyro
@@ -29,6 +29,8 @@ from dlrm.config import (
     ConvertConfig,
     DeviceKind,
     GenerateConfig,
+    InputFormat,
+    OutputFormat,
     PrepareConfig,
     QuantizationConfig,
     ServeConfig,
@@ -467,19 +469,26 @@ class MlperfCheck:
 class Predict:
     """Predict the click probability of raw rows.
 
-    INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
-    Criteo's test.txt a valid Kaggle submission, compressed if its name ends in .gz. MODEL is a RUN;
-    its DATASET is not needed.
+    INPUT holds Criteo rows with or without a label, plain or compressed with gzip; or is a CSV file
+    whose header names the features, or a Parquet file with a column for each, and maybe the label.
+    OUTPUT becomes a CSV file "Id,Predicted", for Criteo's test.txt a valid Kaggle submission,
+    compressed if its name ends in .gz; or if its name says so, a .parquet or .arrow file. Either
+    may be "-", standard input or output. Interrupted, the same command goes on where it stopped,
+    but not with a pipe.
     """
 
     model: tyro.conf.Positional[Path]
-    """What `dlrm train` made."""
+    """What `dlrm train` made; its DATASET is not needed."""
     input: tyro.conf.Positional[Path]
     """Raw rows."""
     output: tyro.conf.Positional[Path]
-    """The CSV file to write."""
+    """The file to write. With "-" the summary goes to standard error."""
+    input_format: InputFormat = "auto"
+    """Of INPUT; auto: as its content, or else its name, tells."""
+    output_format: OutputFormat = "auto"
+    """Of OUTPUT; auto: as its name tells, else CSV."""
     first_id: int | None = None
-    """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    """Id of the first row; by default 60000000 for Criteo rows without a label, else 0."""
     overwrite: bool = False
     """Replace OUTPUT if it is there already."""
     checkpoint: Literal["best", "newest"] = "best"
@@ -497,7 +506,8 @@ class Predict:
 
     def execute(self) -> None:
         """Predict and print a summary."""
-        from dlrm.prediction import load, predict_file
+        from dlrm.predicting.files import predict_file
+        from dlrm.prediction import load
 
         predictor = load(
             self.model,
@@ -511,10 +521,12 @@ class Predict:
             predictor,
             self.input,
             self.output,
+            input_format=self.input_format,
+            output_format=self.output_format,
             first_id=self.first_id,
             overwrite=self.overwrite,
         )
-        _print_json(summary)
+        _print_json(summary, sys.stderr if self.output == Path("-") else sys.stdout)
 
 
 @dataclass(frozen=True)
@@ -907,8 +919,10 @@ def _overview() -> str:
     )
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+def _print_json(value: Any, file: TextIO | None = None) -> None:
+    (file or sys.stdout).write(
+        msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+    )
 
 
 def _log_to_standard_error() -> None:

@@ -32,6 +32,11 @@ class Scorer:
         self._amp: Amp = amp
         self._native = NativeForward(model) if supports(model, amp)[0] else None
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels score, which threads can do at a time."""
+        return self._native is not None
+
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return the click probabilities, (B,), of a batch on any device."""

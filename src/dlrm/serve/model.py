@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 
 from dlrm.data.batch import Batch, make_batch
+from dlrm.data.vocabulary import Encoder
+from dlrm.model.score import Scorer
 from dlrm.prediction import Predictor, load
-from dlrm.schema import FeatureSchema
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import RawRows, Reader, Rows
 
@@ -43,14 +44,20 @@ class ServedModel:
         name: What clients call it.
         version: Another for another content.
         most_rows: Of a request.
+
+    Attributes:
+        schema: Its features.
     """
 
     def __init__(self, predictor: Predictor, name: str, version: str, most_rows: int) -> None:
         self.name = name
         self.version = version
         self.reader = Reader(predictor.schema, most_rows)
-        self._predictor = predictor
-        schema = predictor.schema
+        self._encoder = predictor.encoder
+        self._scorer = Scorer(predictor.model, predictor.config.loss, predictor.config.amp)
+        self.schema = schema = predictor.schema
+        # Clients send the same features once again and again; a client that does not makes no harm.
+        self._encoder_of = lru_cache(maxsize=16)(self._select)
         self._other_ids = np.array([feature.other_id for feature in schema.sparse], np.int32)
         self._one_id = np.array([not feature.multi_hot for feature in schema.sparse])
 
@@ -63,12 +70,7 @@ class ServedModel:
             EnvironmentFaultError: Memory ran out.
         """
         predictor = load(path)
-        return ServedModel(predictor, name, _version(path), most_rows)
-
-    @property
-    def schema(self) -> FeatureSchema:
-        """Its features."""
-        return self._predictor.schema
+        return ServedModel(predictor, name, predictor.identity[:12] or "1", most_rows)
 
     def refuse_other(self, name: str, version: str) -> None:
         """Refuse another name or version; an empty version is any.
@@ -108,16 +110,23 @@ class ServedModel:
                 ids = self._ids(rows)
                 batches.append(make_batch(self.schema, rows.dense, ids, None))
                 unknown.append((ids == self._other_ids).sum(axis=1, dtype=np.int32))
-        probabilities = self._predictor.scorer(concatenate(batches))
+        probabilities = self._scorer(concatenate(batches))
         ends = np.cumsum([len(batch) for batch in batches])[:-1]
         parts = np.split(probabilities, ends)
         return [Scores(*each) for each in zip(parts, unknown, strict=True)]
 
     def _ids(self, rows: RawRows) -> npt.NDArray[np.int32]:
-        values = np.empty((rows.count, len(rows.varying) + len(rows.constant)), np.uint32)
-        values[:, rows.varying] = rows.values
-        values[:, rows.constant] = rows.common
-        return self._predictor.encode(values)[0]
+        assert self._encoder is not None
+        if not len(rows.constant):
+            return self._encoder.encode(rows.values)[0]
+        ids = np.empty((rows.count, len(self.schema.sparse)), np.int32)
+        for places, values in ((rows.varying, rows.values), (rows.constant, rows.common)):
+            ids[:, places] = self._encoder_of(tuple(places)).encode(values)[0]
+        return ids
+
+    def _select(self, places: tuple[int, ...]) -> Encoder:
+        assert self._encoder is not None
+        return self._encoder.select([self.schema.sparse[place].name for place in places])
 
     def _empty_bags(self, batch: Batch) -> npt.NDArray[np.int32]:
         """Return how many bags of features with one id a row hold none, by row."""
@@ -138,8 +147,8 @@ class ServedModel:
             dense = torch.zeros(rows, wide)
             offsets = torch.zeros(rows * features + 1, dtype=torch.int64)
             self.score([Batch(dense, torch.zeros(0, dtype=torch.int64), None, offsets)])
-        if self.schema.encodes_values:
-            self._predictor.encode(np.zeros((1, features), np.uint32))
+        if self._encoder is not None:
+            self._encoder.encode(np.zeros((1, features), np.uint32))
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
@@ -159,12 +168,3 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         start += ids.numel()
     flat = torch.cat([ids.reshape(-1) for ids in sparse_features])
     return Batch(dense_features, flat, None, torch.cat(offsets))
-
-
-def _version(path: Path) -> str:
-    """Return what tells a RUN from others: a digest of its schema and its checkpoint's header."""
-    digest = hashlib.sha256((path / "schema.json").read_bytes())
-    with open(path / "checkpoints" / "best.safetensors", "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        digest.update(file.read(min(length, 1 << 24)))
-    return digest.hexdigest()[:12]
