@@ -111,6 +111,8 @@ class ServedModel:
                 batches.append(make_batch(self.schema, rows.dense, ids, None))
                 unknown.append((ids == self._other_ids).sum(axis=1, dtype=np.int32))
         probabilities = self._scorer(concatenate(batches))
+        if len(batches) == 1:
+            return [Scores(probabilities, unknown[0])]
         ends = np.cumsum([len(batch) for batch in batches])[:-1]
         parts = np.split(probabilities, ends)
         return [Scores(*each) for each in zip(parts, unknown, strict=True)]

@@ -57,8 +57,7 @@ def wrong(message: str) -> RefusedError:
     return RefusedError(400, message)
 
 
-@dataclass(frozen=True, eq=False)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True, eq=False):
     """A tensor as it came.
 
     Attributes:
@@ -195,6 +194,8 @@ def _add(inputs: dict[str, Tensor], tensor: Tensor) -> None:
 
 def _refuse_parameters(parameters: Mapping[str, Any], where: str) -> None:
     """Refuse what would change the meaning of a request and is not offered."""
+    if not parameters or parameters.keys() == {"binary_data_size"}:
+        return
     for name in ("shared_memory_region", "classification"):
         if name in parameters:
             raise wrong(f"{where} has the parameter {name}, which this server does not offer.")
@@ -222,7 +223,7 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
 
 
 def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) > 8 or any(not 0 <= size < 2**31 for size in shape):
+    if len(shape) > 8 or (shape and not 0 <= min(shape) <= max(shape) < 2**31):
         raise wrong(f"input {name!r} has the shape {list(shape)[:9]}.")
     return tuple(shape)
 
