@@ -211,6 +211,12 @@ def _too_large(limit: int) -> RefusedError:
 class _Connection(web.RequestHandler):
     """A connection whose failures are told as the protocol tells them."""
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log what ended a connection, unless a client sent it."""
+        error = kw.get("exc_info")
+        if isinstance(error, BaseException) and not isinstance(error, web.RequestPayloadError):
+            log_failure("a connection", error)
+
     def handle_error(
         self,
         request: web.BaseRequest,

@@ -376,7 +376,7 @@ def _from_contents(tensor: Any, shape: tuple[int, ...]) -> Tensor:
     if datatype == "BYTES":
         return Tensor(name, datatype, shape, texts=list(elements))
     try:
-        numbers = np.array(elements, DTYPES[datatype])
+        numbers = np.array(list(elements), DTYPES[datatype])  # of the list itself NumPy wraps
     except OverflowError as error:
         raise wrong(f"input {name!r} has a number beyond {datatype}: {error}.") from error
     return Tensor(name, datatype, shape, numbers)

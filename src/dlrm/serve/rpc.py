@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from dlrm.config import size_bytes
 from dlrm.serve.access import AccessLog
@@ -49,11 +50,16 @@ class Rpc:
 
     def _handler(self, name: str) -> Any:
         answer = getattr(self, f"_{name}")
+        kind = MESSAGES[f"{name}Request"]
 
-        async def handle(request: Any, context: Any) -> Any:
+        async def handle(content: bytes, context: Any) -> Any:
             took = Stopwatch()
             code = grpc.StatusCode.OK
             try:
+                try:
+                    request = kind.FromString(content)
+                except DecodeError as error:
+                    raise wrong(f"the message is no {name}Request.") from error
                 return await answer(request, context)
             except RefusedError as error:
                 code = _CODES[error.status]
@@ -75,7 +81,6 @@ class Rpc:
 
         return grpc.unary_unary_rpc_method_handler(
             handle,
-            request_deserializer=MESSAGES[f"{name}Request"].FromString,
             response_serializer=MESSAGES[f"{name}Response"].SerializeToString,
         )
 
