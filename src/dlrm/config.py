@@ -734,8 +734,8 @@ class ServeConfig:
     max_batch_rows: int = 1024
     """Score at most so many rows together; requests that wait are taken together up to this."""
     batch_wait_ms: float = 0.0
-    """Let a request wait so many milliseconds for others, while nothing is scored. Whatever comes
-    while a batch is scored is taken together anyway."""
+    """Let a request wait so many milliseconds for others, though a thread is free. Whatever comes
+    while none is free is taken together anyway."""
     max_queue_rows: int = 8192
     """Refuse requests while so many rows wait in a process."""
     max_request_rows: int = 4096

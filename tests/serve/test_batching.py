@@ -12,6 +12,7 @@ import torch
 
 from dlrm.config import ServeConfig
 from dlrm.data.batch import Batch
+from dlrm.serve import batching
 from dlrm.serve.batching import Batcher
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import Scores
@@ -44,10 +45,12 @@ Scenario = Callable[[Batcher, Model], Awaitable[Any]]
 
 
 @pytest.fixture
-def play(tmp_path: Any) -> Callable[..., Any]:
-    """A function that runs a scenario with a batcher of one thread."""
+def play(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that runs a scenario with a batcher of one thread, and few rows at once."""
 
-    def run(scenario: Scenario, **options: Any) -> Any:
+    def run(scenario: Scenario, at_once: int = 0, **options: Any) -> Any:
+        monkeypatch.setattr(batching, "AT_ONCE", at_once)
+
         async def main() -> Any:
             batcher = Batcher(ServeConfig(threads=1, **options), Metrics(tmp_path))
             model = Model()
@@ -83,6 +86,25 @@ def test_what_waits_while_a_batch_is_scored_is_the_next_batch(play: Callable[...
 
     found = play(scenario, max_batch_rows=8)
     assert found == [[9.0], [3.0] * 3, [4.0] * 4, [2.0] * 2, [20.0] * 20, [1.0]]
+
+
+def test_a_few_rows_do_not_wait_for_a_thread(play: Callable[..., Any]) -> None:
+    async def scenario(batcher: Batcher, model: Model) -> None:
+        first = ask(batcher, model, 4)
+        await begun(model)
+        other = Model()
+        other.may_end.release(9)
+        assert len((await batcher.score(other, rows(3), None)).probabilities) == 3  # type: ignore[arg-type]
+        waits = ask(batcher, model, 4)
+        await asyncio.sleep(0)
+        behind = ask(batcher, other, 3)  # of what waits already
+        await asyncio.sleep(0)
+        assert other.batches == [[3]]
+        model.may_end.release(9)
+        await asyncio.gather(first, waits, behind)
+        assert (model.batches, other.batches) == ([[4], [4]], [[3], [3]])
+
+    play(scenario, at_once=3)
 
 
 def test_models_are_not_mixed(play: Callable[..., Any]) -> None:

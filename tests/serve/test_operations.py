@@ -17,6 +17,7 @@ import pytest
 import tritonclient.grpc
 
 from dlrm.prediction import load
+from dlrm.serve.model import ServedModel
 
 INFER = "/v2/models/dlrm/infer"
 ROWS = slice(0, 3)
@@ -101,7 +102,7 @@ class Load:
 
 
 def version_of(run: Path) -> str:
-    return load(run).identity[:12]
+    return ServedModel.load(run, "dlrm", 8).version
 
 
 def test_no_request_is_lost_by_reloads_and_at_the_end(

@@ -1,13 +1,13 @@
 """Requests wait here for the thread that scores them, several at a time.
 
-While a batch is scored requests collect; the next batch is what is there then. The thread takes
-its work itself, so that it never waits for the event loop.
+While a batch is scored requests collect; the next batch is what is there then. The threads take
+their work themselves, so that they never wait for the event loop. A few rows that find the queue
+empty are scored in the event loop: to hand them to a thread and back takes longer than that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -21,7 +21,8 @@ from dlrm.serve.model import Scores, ServedModel
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import RawRows, Rows
 
-logger = logging.getLogger("dlrm")
+AT_ONCE = 8
+"""Rows of a request that need not wait for a thread."""
 
 
 @dataclass(eq=False)
@@ -75,6 +76,9 @@ class Batcher:
         now = time.monotonic()
         waits = self._config.request_timeout
         deadline = now + (waits if timeout is None else min(waits, timeout))
+        if count <= AT_ONCE and not self._jobs and not self._config.batch_wait_ms:
+            (scores,) = self._score(model, [rows], count)
+            return scores
         job = _Job(model, rows, count, now, deadline, self._loop.create_future())
         with self._changed:
             if self._jobs and self._queued_rows + count > self._config.max_queue_rows:
@@ -112,17 +116,23 @@ class Batcher:
             ]
             answers: list[Scores] = []
             if kept:
-                began = time.perf_counter()
                 try:
-                    answers = kept[0].model.score([job.rows for job in kept])
+                    answers = self._score(
+                        kept[0].model, [job.rows for job in kept], sum(job.count for job in kept)
+                    )
                 except Exception as error:
                     failures += [(job, error) for job in kept]
                     kept = []
-                self._metrics.batch(sum(job.count for job in kept), time.perf_counter() - began)
             try:
                 self._loop.call_soon_threadsafe(_deliver, kept, answers, failures)
             except RuntimeError:  # the loop has ended, and with it all who waited
                 return
+
+    def _score(self, model: ServedModel, requests: Sequence[Rows], count: int) -> list[Scores]:
+        began = time.perf_counter()
+        scores = model.score(requests)
+        self._metrics.batch(count, time.perf_counter() - began)
+        return scores
 
     def _next_batch(self) -> list[_Job]:
         """Wait for jobs, and take those that are scored together; none: closing."""

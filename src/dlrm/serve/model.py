@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,7 +71,7 @@ class ServedModel:
             EnvironmentFaultError: Memory ran out.
         """
         predictor = load(path)
-        return ServedModel(predictor, name, predictor.identity[:12] or "1", most_rows)
+        return ServedModel(predictor, name, _version(path), most_rows)
 
     def refuse_other(self, name: str, version: str) -> None:
         """Refuse another name or version; an empty version is any.
@@ -170,3 +171,12 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         start += ids.numel()
     flat = torch.cat([ids.reshape(-1) for ids in sparse_features])
     return Batch(dense_features, flat, None, torch.cat(offsets))
+
+
+def _version(path: Path) -> str:
+    """Return what tells a RUN from others: a digest of its schema and its checkpoint's header."""
+    digest = hashlib.sha256((path / "schema.json").read_bytes())
+    with open(path / "checkpoints" / "best.safetensors", "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(length, 1 << 24)))
+    return digest.hexdigest()[:12]

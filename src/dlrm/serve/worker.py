@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -122,6 +123,9 @@ class _Worker:
             outcome = {"failed": f"{type(error).__name__}: {error}"}
         else:
             self._service.serve(model)
+            # What is there now stays: to look through it for garbage takes tens of milliseconds.
+            gc.collect()
+            gc.freeze()
             outcome = {"loaded": model.version}
         self._say(outcome)
 
