@@ -14,7 +14,6 @@ from dlrm.config import ServeConfig
 from dlrm.data.batch import Batch
 from dlrm.serve import batching
 from dlrm.serve.batching import Batcher
-from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import Scores
 from dlrm.serve.protocol import RefusedError
 
@@ -37,6 +36,21 @@ class Model:
         return [Scores(rows.dense_features[:, 0].numpy(), np.zeros(0)) for rows in requests]
 
 
+class Noted:
+    """The metrics that a batcher tells of."""
+
+    def __init__(self) -> None:
+        self.waiting = -1
+        self.queue_rows = self
+
+    def set(self, rows: int) -> None:
+        self.waiting = rows
+
+    def batch(self, rows: int, seconds: float) -> None:
+        assert rows > 0
+        assert 0 < seconds < 20
+
+
 def rows(count: int, value: float = 0.0) -> Batch:
     return Batch(torch.full((count, 1), value), torch.zeros(count, 0), None)
 
@@ -45,19 +59,21 @@ Scenario = Callable[[Batcher, Model], Awaitable[Any]]
 
 
 @pytest.fixture
-def play(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that runs a scenario with a batcher of one thread, and few rows at once."""
 
     def run(scenario: Scenario, at_once: int = 0, **options: Any) -> Any:
         monkeypatch.setattr(batching, "AT_ONCE", at_once)
 
         async def main() -> Any:
-            batcher = Batcher(ServeConfig(threads=1, **options), Metrics(tmp_path))
+            noted = Noted()
+            batcher = Batcher(ServeConfig(threads=1, **options), noted)  # type: ignore[arg-type]
             model = Model()
             async with asyncio.timeout(20):
                 outcome = await scenario(batcher, model)
                 model.may_end.release(100)
                 await batcher.close()
+            assert noted.waiting == 0
             return outcome
 
         return asyncio.run(main())
