@@ -196,6 +196,29 @@ def test_what_cannot_be_served_ends_with_a_message(
     assert (status, "--model-name must be" in message) == (2, True)
 
 
+def runs(process: int) -> bool:
+    """Whether a process is there, and not only waits for its parent to take notice of its end."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path) -> None:
+    with start_server(run, "--workers", "2") as server:
+        workers = [int(each) for each in re.findall(r"process (\d+) is started", server.log())]
+        supervisors = {Path(f"/proc/{each}/stat").read_text().split()[3] for each in workers}
+        (supervisor,) = supervisors
+        os.kill(int(supervisor), signal.SIGKILL)
+        end = time.monotonic() + 20
+        while any(map(runs, workers)):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        host, port = server.http.split(":")
+        with pytest.raises(ConnectionRefusedError):
+            http.client.HTTPConnection(host, int(port), timeout=5).connect()
+
+
 def test_connections_are_limited(start_server: Any, run: Path) -> None:
     with start_server(run, "--max-connections", "2", "--grpc-port", "-1") as server:
         host, port = server.http.split(":")

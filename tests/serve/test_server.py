@@ -145,16 +145,17 @@ def test_prepared_rows_are_scored(both: Any, client: Any, predictor: Any) -> Non
     assert unknown.sum() == 3
 
 
-def test_json_takes_null_and_answers_what_is_asked_for(server: Any, client: Any) -> None:
-    content = json.loads(client.json(slice(0, 20)))
+@pytest.mark.parametrize("rows", [1, 20, 300])
+def test_json_takes_null_and_answers_what_is_asked_for(server: Any, client: Any, rows: int) -> None:
+    content = json.loads(client.json(slice(0, rows)))
     content |= {"id": "b", "outputs": [{"name": "probabilities"}]}
     status, headers, answer = ask(server, "POST", INFER, json.dumps(content).encode())
     assert (status, headers["Content-Type"]) == (200, "application/json")
     found = json.loads(answer)
     assert [found["id"], found["model_name"]] == ["b", "dlrm"]
     (output,) = found["outputs"]
-    assert (output["datatype"], output["shape"]) == ("FP32", [20])
-    np.testing.assert_allclose(output["data"], client.expected[:20], atol=1e-6)
+    assert (output["datatype"], output["shape"]) == ("FP32", [rows])
+    np.testing.assert_allclose(output["data"], client.expected[:rows], atol=1e-6)
 
 
 def test_typed_contents_are_taken(server: Any, client: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
@@ -103,8 +104,10 @@ class Rpc:
 
     async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         model = self._service.find(request.model_name, request.model_version)
-        asked = read_grpc(request)
-        return write_grpc(await self._service.infer(model, asked, context.time_remaining()))
+        size = request.ByteSize() // 8
+        waits = context.time_remaining()
+        answer = await self._service.infer(model, partial(read_grpc, request), size, waits)
+        return write_grpc(answer)
 
     async def _RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         models = self._service.index(only_ready=request.ready)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def run_worker(config: ServeConfig, place: Place, control: socket.socket) -> int
     # A batch is scored by one thread: a team of them waits for its slowest, whose core may be busy
     # with requests or somebody else's work. On two busy cores that is 20 ms instead of 2.
     torch.set_num_threads(1)
+    # The event loop waits at most so long for a thread that reads a large request.
+    sys.setswitchinterval(0.001)
     return asyncio.run(_Worker(config, place, control).run())
 
 
