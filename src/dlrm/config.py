@@ -743,7 +743,7 @@ class ServeConfig:
     max_body: str = "8MiB"
     """The largest body of an HTTP request, unpacked, and the largest message of gRPC."""
     max_connections: int = 1024
-    """The most open HTTP connections of a process."""
+    """The most open HTTP connections of a process, and the most calls of gRPC under way."""
     read_timeout: float = 10.0
     """Seconds in which the body of a request has to arrive."""
     idle_timeout: float = 60.0

@@ -122,12 +122,21 @@ def test_binary_tensors_lie_behind_the_json() -> None:
         ),
         (body([], parameters={"sequence_id": 3}), "no sequences"),
         (body([], parameters={"timeout": -3}), "timeout"),
+        (body([], parameters={"timeout": 10**4000}), "timeout"),
+        (one(shape=[10**4000], datatype="INT64", data=[1]), "has the shape"),
+        (b'{"inputs": [], "parameters": {"timeout": 1%s}}' % (b"0" * 5000), "not JSON"),
+        (one(shape=[1] * 9, datatype="x" * 9999, data=[]), "has the shape"),
+        (body([], parameters={"timeout": 1 << 63}), "timeout"),
+        (b'{"inputs": [{"name": "\\ud800"}]}', "not JSON"),
+        (one(shape=[1], datatype="INT64", data=[10**30]), "beyond INT64"),
         (body([], parameters={"binary_data_output": 1}), "expected true or false"),
         (body([], outputs=[{"name": "a", "parameters": {"classification": 2}}]), "classification"),
     ],
 )
 def test_what_is_wrong_is_told(content: bytes, message: str) -> None:
-    assert message in refused(content)
+    found = refused(content)
+    assert message in found
+    assert len(found) <= 1000
 
 
 def test_the_length_of_the_header_must_fit() -> None:

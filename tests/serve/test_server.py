@@ -272,6 +272,24 @@ def test_hostile_bodies_are_refused(server: Any, client: Any) -> None:
     assert "deadline" in refusal(server, json.dumps(late).encode(), 504)
 
 
+def test_paths_may_be_any_bytes(server: Any) -> None:
+    with connect(server) as stream:
+        stream.sendall(b"GET /v2/\xff\xfe HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while more := stream.recv(4096):
+            answer += more
+    assert re.match(rb"HTTP/1.[01] 400 ", answer)
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_packed_messages_are_limited_unpacked(server: Any) -> None:
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError) as failed:
+            call(bytes(64 << 20), timeout=10, compression=grpc.Compression.Gzip)
+    assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 def connect(server: Any) -> socket.socket:
     host, port = server.http.split(":")
     return socket.create_connection((host, int(port)), timeout=10)

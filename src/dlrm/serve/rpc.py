@@ -41,8 +41,9 @@ class Rpc:
             options=(
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.so_reuseport", 1),
-                ("grpc.max_concurrent_streams", 1024),
-            )
+                ("grpc.max_connection_idle_ms", int(1000 * service.config.idle_timeout)),
+            ),
+            maximum_concurrent_rpcs=service.config.max_connections,
         )
         handlers = {name: self._handler(name) for name in METHODS}
         self.server.add_generic_rpc_handlers(

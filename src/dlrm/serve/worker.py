@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -54,9 +55,18 @@ def run_worker(config: ServeConfig, place: Place, control: socket.socket) -> int
     # A batch is scored by one thread: a team of them waits for its slowest, whose core may be busy
     # with requests or somebody else's work. On two busy cores that is 20 ms instead of 2.
     torch.set_num_threads(1)
+    _allow_files(2 * config.max_connections + 256)
     # The event loop waits at most so long for a thread that reads a large request.
     sys.setswitchinterval(0.001)
     return asyncio.run(_Worker(config, place, control).run())
+
+
+def _allow_files(count: int) -> None:
+    """Raise how many files and connections may be open, as far as that goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Worker:
