@@ -137,6 +137,7 @@ class _Worker:
         else:
             self._service.serve(model)
             # What is there now stays: to look through it for garbage takes tens of milliseconds.
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
             outcome = {"loaded": model.version}
