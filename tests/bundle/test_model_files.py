@@ -90,7 +90,20 @@ KINDS: dict[str, Callable[[], DLRM]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+CASES: list[Any] = [("onnx", kind, ()) for kind in KINDS]
+# A program takes seconds to trace: these few have every branch of it.
+CASES += [
+    ("torch", kind, () if kind in ("every kind", "every kind, 4 bits") else pytest.mark.long)
+    for kind in KINDS
+]
+every_kind = pytest.mark.parametrize(
+    ("runtime", "kind"),
+    [pytest.param(runtime, kind, marks=marks) for runtime, kind, marks in CASES],
+    indirect=["runtime"],
+)
+
+
+@every_kind
 def test_bags_of_any_length_give_the_models_probabilities(
     kind: str, runtime: Callable[..., Runtime]
 ) -> None:
@@ -105,7 +118,7 @@ def test_bags_of_any_length_give_the_models_probabilities(
             assert np.ptp(found) > 0.1 or rows == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_one_id_a_feature_or_none_gives_the_same(
     kind: str, runtime: Callable[..., Runtime]
 ) -> None:
