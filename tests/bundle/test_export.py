@@ -15,6 +15,8 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from dlrm import bundle, cli
 from dlrm.bundle import export as exporting
@@ -242,6 +244,24 @@ def test_another_dataset_is_refused(run: Path, raw_rows: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"is not the DATASET that .* was trained on"):
         export(run, tmp_path / "bundle", format="onnx", dataset=tmp_path / "other")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    run: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    export(run, tmp_path / "bundle", format="onnx")
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    assert exporting._compile(Bundle.open(tmp_path / "bundle"), one_id=False) is None
+    assert caplog.messages[-1].startswith("the model is not compiled: No working C++ compiler")
+    with pytest.raises(UserError, match="--compile goes with --format torch; got --format onnx"):
+        export(run, tmp_path / "other", format="onnx", compile=True)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

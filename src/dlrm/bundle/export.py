@@ -152,7 +152,7 @@ def export(
         trained = _scores(Scorer(model, loss), sample, schema)
         expected = trained
         if quantize != "none":
-            quantize_model(model, QuantizationConfig(quantize_emb_with_bit=_bits(quantize)))
+            quantize_model(model, QuantizationConfig(quantize_emb_with_bit=BITS[quantize]))
             expected = _scores(Scorer(model, loss), sample, schema)
         copy_description(opened.path, partial, schema)
         write_weights(partial / WEIGHTS, model)
@@ -287,10 +287,6 @@ def _inputs(schema: FeatureSchema, *, one_id: bool) -> dict[str, tuple[int | str
     if one_id:
         return dense | {"sparse_features": ("rows", len(schema.sparse))}
     return dense | {"sparse_features": ("ids",), "offsets": (f"{len(schema.sparse)} rows + 1",)}
-
-
-def _bits(quantize: TableBits) -> Any:
-    return BITS[quantize]
 
 
 def _write_model_file(bundle: Bundle, *, one_id: bool) -> _Foreign:
