@@ -257,7 +257,7 @@ def missing_compiler() -> str:
 def compile_program(path: Path, program: ExportedProgram) -> None:
     """Compile a program, by AOTInductor, for processors like this one; without its weights."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's about its own calls
+        warnings.simplefilter("ignore")  # PyTorch warns of its own calls
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
