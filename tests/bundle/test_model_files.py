@@ -224,8 +224,7 @@ def test_numbers_of_their_bytes_in_onnx(kind: type[np.floating[Any]], tmp_path: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bits", [32, 4])
-@pytest.mark.parametrize("one_id", [False, True])
+@pytest.mark.parametrize(("bits", "one_id"), [(32, False), (4, True)])
 def test_what_is_compiled_gives_the_models_probabilities(
     bits: int, one_id: bool, tmp_path: Path
 ) -> None:
@@ -233,7 +232,6 @@ def test_what_is_compiled_gives_the_models_probabilities(
     write_weights(weights, model)
     path = tmp_path / "compiled.pt2"
     compile_program(path, exported_program(model, LossConfig(), one_id=one_id))
-    assert path.stat().st_size < 1 << 20
     run = open_compiled(path, weights)
     for rows, longest in ((300, 1), (1, 1), (64, 1 if one_id else 5), (7, 0)):
         batch = make_batch(rows, longest)
