@@ -165,6 +165,7 @@ class GenerateConfig:
             f"--num-embeddings: expected at least one table of 1 … 2**31-1 rows; got {sizes}",
         )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        self._refuse_idle()
         if self.data_generation == "synthetic":
             require(
                 self.data_trace_file != "",
@@ -184,10 +185,32 @@ class GenerateConfig:
                 f"{self.rand_data_sigma} and {self.rand_data_mu}",
             )
 
+    def _refuse_idle(self) -> None:
+        for needed, value, names in (
+            ("data_generation", "synthetic", ("data_trace_file", "data_trace_enable_padding")),
+            ("data_generation", "random", ("rand_data_dist",)),
+            ("rand_data_dist", "gaussian", _OF_GAUSSIAN),
+        ):
+            for name in names:
+                require(
+                    getattr(self, needed) == value
+                    or getattr(self, name) == getattr(GenerateConfig, name),
+                    f"--{name.replace('_', '-')} goes with --{needed.replace('_', '-')} {value}; "
+                    f"got {getattr(self, needed)}",
+                )
+        require(
+            self.num_batches == 0 or self.data_size == GenerateConfig.data_size,
+            "--data-size and --num-batches (of --mini-batch-size rows) both tell how many training "
+            f"rows there are; got {self.data_size} and {self.num_batches}. Give one of them",
+        )
+
     @property
     def train_rows(self) -> int:
         """Training rows, whichever option tells."""
         return self.num_batches * self.mini_batch_size or self.data_size
+
+
+_OF_GAUSSIAN = ("rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma")
 
 
 @dataclass(frozen=True)

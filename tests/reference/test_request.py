@@ -230,7 +230,10 @@ def test_the_command_of_inference() -> None:
     [
         ("", {}),
         ("--data-size=50 --mini-batch-size=7", {"data_size": 50, "mini_batch_size": 7}),
-        ("--num-batches=3", {"num_batches": 3}),
+        (
+            "--num-batches=3 --data-size=50",
+            {"num_batches": 3, "data_size": GenerateConfig.data_size},
+        ),
         ("--arch-mlp-bot=9-3-2", {"dense_features": 9}),
         ("--arch-embedding-size=100-20", {"num_embeddings": (100, 20)}),
         ("--num-indices-per-lookup=2", {"num_indices_per_lookup": 2}),

@@ -250,6 +250,8 @@ def _generation(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Gener
     acting = dict(settings)
     if values["data_generation"] != "synthetic":
         del acting["data_trace_file"]
+    if values["num_batches"] > 0:
+        del acting["data_size"]
     return _build(GenerateConfig, {**acting, "dense_features": values["arch_mlp_bot"][0]})
 
 
@@ -361,7 +363,6 @@ _OF_GAUSSIAN = tuple(f"rand_data_{name}" for name in ("min", "max", "mu", "sigma
 _OF_TRACES = ("data_trace_file", "data_trace_enable_padding")
 _OF_MADE_UP_ROWS = (
     "arch_embedding_size",
-    "data_size",
     "num_indices_per_lookup",
     "num_indices_per_lookup_fixed",
 )
@@ -374,6 +375,10 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
     no_effect = {
         **dict.fromkeys(_OF_FILES, (kind != "dataset", "on made-up rows")),
         **dict.fromkeys(_OF_MADE_UP_ROWS, (kind == "dataset", "with --data-generation=dataset")),
+        "data_size": (
+            kind == "dataset" or values["num_batches"] > 0,
+            "with --data-generation=dataset" if kind == "dataset" else "beside --num-batches",
+        ),
         **dict.fromkeys(_OF_TRACES, (kind != "synthetic", "without --data-generation=synthetic")),
         "rand_data_dist": (kind != "random", "without --data-generation=random"),
         **dict.fromkeys(_OF_GAUSSIAN, (not is_gaussian, "without --rand-data-dist=gaussian")),
