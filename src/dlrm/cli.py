@@ -111,9 +111,9 @@ class StackDistances:
     """Write the stack distances of a DATASET's ids, from which `dlrm generate` draws others.
 
     How many distinct ids of a feature are accessed between two accesses to the same one tells how
-    well caches work. FILES is a name with a j in it, which stands for the number of the feature,
-    from 0: dist_emb_j.log. They are in the reference's format, without any row of the data, but
-    with the ids that occur.
+    well caches work. FILES is a name in which a j alone stands for the place of the feature among
+    --features, from 0: dist_emb_j.log. They are in the reference's format, without any row of the
+    data, but with the ids that occur.
     """
 
     dataset: tyro.conf.Positional[Path]
@@ -127,6 +127,8 @@ class StackDistances:
     padding: bool = False
     """Count more new ids than there are, as many as an access at the largest distance has accesses
     on average: for columns in which few are new."""
+    overwrite: bool = False
+    """Replace files that are there."""
 
     def execute(self) -> None:
         """Measure and print where the files are."""

@@ -141,8 +141,8 @@ class GenerateConfig:
     rand_data_sigma: float = 1.0
     """Standard deviation of gaussian."""
     data_trace_file: str = ""
-    """What `dlrm stack-distances` wrote; j in the file's name stands for the table's number, from
-    0."""
+    """What `dlrm stack-distances` wrote; a j alone in the file's name stands for the table's
+    number, from 0."""
     data_trace_enable_padding: bool = False
     """Once all ids of a trace have occurred, draw none anew: each id repeats a recent one."""
     soft_labels: bool = False

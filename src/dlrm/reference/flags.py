@@ -455,8 +455,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--data-trace-file",
             "./input/dist_emb_j.log",
-            "With --data-generation=synthetic: the stack distances of each table's ids; j in the "
-            "file's name stands for its number. `dlrm stack-distances` writes such.",
+            "With --data-generation=synthetic: the stack distances of each table's ids; a j alone "
+            "in the file's name stands for its number. `dlrm stack-distances` writes such.",
             str,
             ("data_trace_file",),
         ),
