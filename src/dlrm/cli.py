@@ -140,6 +140,7 @@ class StackDistances:
             split=self.split,
             features=self.features,
             padding=self.padding,
+            overwrite=self.overwrite,
         )
         _print_json({name: str(path) for name, path in written.items()})
 
@@ -675,6 +676,8 @@ class Convert:
     prepared of them."""
     checkpoint: Literal["best", "newest"] = "best"
     """Of a RUN, which checkpoint: the best on validation, or the newest."""
+    overwrite: bool = False
+    """Replace a .pt that is there. (A RUN never is replaced.)"""
 
     def execute(self) -> None:
         """Convert and print what there was."""
@@ -687,8 +690,17 @@ class Convert:
                     "what --data, --qr-operation, --max-ind-range and the loss say. Leave them "
                     "away."
                 )
-            _print_json(export_checkpoint(self.source, self.target, self.checkpoint))
+            _print_json(
+                export_checkpoint(
+                    self.source, self.target, self.checkpoint, overwrite=self.overwrite
+                )
+            )
             return
+        if self.checkpoint != "best" or self.overwrite:
+            raise UserError(
+                f"{self.source} is no folder, so a .pt becomes a RUN, which is never replaced: "
+                "--checkpoint and --overwrite are of the other way. Leave them away."
+            )
         if self.data is None:
             raise UserError(
                 f"name the DATASET that {self.source} was trained on with --data, or the .npz "
