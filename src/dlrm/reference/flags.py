@@ -544,7 +544,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--debug-mode",
             False,
             "Print the architecture, the first 3 mini-batches, and the weights before and after "
-            "training, long tensors shortened.",
+            "training, or with --inference-only once, long tensors shortened.",
         ),
         Flag(
             "--print-precision",

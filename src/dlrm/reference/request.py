@@ -406,13 +406,13 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
                 "without --memory-map, --mlperf-logging and --data-set=terabyte",
             ),
         ),
+        "mlperf_grad_accum_iter": (not values["mlperf_logging"], "without --mlperf-logging"),
         **dict.fromkeys(
-            ("debug_mode", "plot_compute_graph", "enable_profiling"),
-            (values["inference_only"], "with --inference-only: nothing is trained"),
-        ),
-        **dict.fromkeys(
-            ("mlperf_acc_threshold", "mlperf_auc_threshold", "mlperf_grad_accum_iter"),
-            (not values["mlperf_logging"], "without --mlperf-logging"),
+            ("mlperf_acc_threshold", "mlperf_auc_threshold"),
+            (
+                not values["mlperf_logging"] or values["test_freq"] <= 0,
+                "without --mlperf-logging and --test-freq",
+            ),
         ),
         "print_precision": (not values["debug_mode"], "without --debug-mode"),
         "lr_decay_start_step": (values["lr_num_decay_steps"] == 0, "without --lr-num-decay-steps"),
@@ -420,9 +420,9 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
             values["test_freq"] <= 0 or values["inference_only"],
             "unless training is tested: a model is saved after a test. Use --test-freq",
         ),
-        "tensor_board_filename": (
-            values["inference_only"],
-            "with --inference-only: nothing is trained",
+        **dict.fromkeys(
+            ("enable_profiling", "tensor_board_filename"),
+            (values["inference_only"], "with --inference-only: nothing is trained"),
         ),
         **dict.fromkeys(
             ("quantize_mlp_with_bit", "quantize_emb_with_bit"),
