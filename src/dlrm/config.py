@@ -641,6 +641,11 @@ class TrainConfig:
         for name in ("target_auc", "target_accuracy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
+            require(
+                value == 0 or self.test_freq >= 0,
+                f"--{name.replace('_', '-')} is looked at in evaluations while training, and with "
+                "--test-freq -1 there is none; leave one of them away",
+            )
         require(
             size_bytes(self.evaluation_memory, "--evaluation-memory") >= MINIMUM_MEMORY,
             f"--evaluation-memory must be at least 32MiB; got {self.evaluation_memory}",

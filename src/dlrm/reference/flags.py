@@ -588,14 +588,15 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--mlperf-acc-threshold",
             0.0,
-            "Stop once the test accuracy (0 … 1) reaches this; acts with --mlperf-logging.",
+            "Stop once the test accuracy (0 … 1) reaches this; acts with --mlperf-logging and "
+            "--test-freq.",
             float,
             ("target_accuracy",),
         ),
         Flag(
             "--mlperf-auc-threshold",
             0.0,
-            "Stop once the test AUC reaches this; acts with --mlperf-logging.",
+            "Stop once the test AUC reaches this; acts with --mlperf-logging and --test-freq.",
             float,
             ("target_auc",),
         ),
