@@ -832,7 +832,7 @@ def read_table(text: str) -> TableConfig:
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(f"--tables {text}: {error}. Correct the value.") from error
+        raise UserError(f"--tables {text}: {_told(error, TableConfig)}. Correct it.") from error
 
 
 def table_text(table: TableConfig) -> str:
@@ -945,7 +945,24 @@ def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T
     try:
         return complete(msgspec.convert(content, kind))
     except msgspec.ValidationError as error:
-        raise UserError(f"{source}: {error}. Correct the value.") from error
+        raise UserError(f"{source}: {_told(error, kind)}. Correct the value.") from error
+
+
+def _told(error: msgspec.ValidationError, kind: Any) -> str:
+    """Return what is wrong with a value, and where there are few the choices, which msgspec omits.
+
+    Args:
+        error: Its message ends in the value's place, as `$.model.tables[0].variant`.
+        kind: The dataclass that is the root.
+    """
+    place = re.search(r"`\$\.([^`]*)`$", str(error))
+    for name in re.findall(r"[a-z_]\w*", place[1] if place else ""):
+        kind = typing.get_type_hints(kind)[name]
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is not Literal:
+        return str(error)
+    return f"{error}; expected one of {', '.join(map(str, typing.get_args(kind)))}"
 
 
 def complete(config: T) -> T:
