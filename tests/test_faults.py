@@ -24,6 +24,7 @@ NAMES = {
     "DATASET": "set.dataset",
     "RUN": "run",
     "OUTPUT": "out.csv",
+    "BUNDLE": "bundle",
     "PAGE": "page.html",
     "FILE": "ids_0.log",
     "NEXT": "ids_1.log",
@@ -64,7 +65,17 @@ LINES = read_lines()
 def test_the_table_has_every_command_and_every_cause() -> None:
     causes = ["SIGINT", "SIGTERM", "SIGKILL", "disk full", "out of memory"]
     commands = [
-        *("prepare", "train", "evaluate", "compare", "predict", "run", "reference", "generate"),
+        *(
+            "prepare",
+            "train",
+            "evaluate",
+            "compare",
+            "predict",
+            "export",
+            "run",
+            "reference",
+            "generate",
+        ),
         *("stack-distances", "convert", "baseline", "report", "visualize"),
     ]
     assert sorted((line.command, line.cause.partition(" (")[0]) for line in LINES) == sorted(
@@ -104,6 +115,7 @@ def commands(
         "dlrm train": ["train", dataset, "--run", "OUT/run", *TRAINING],
         "dlrm evaluate": ["evaluate", trained],
         "dlrm predict": ["predict", trained, raw_rows / "test.txt", "OUT/out.csv"],
+        "dlrm export": ["export", trained, "OUT/bundle", "--format", "onnx"],
         "dlrm run": ["run", raw_rows, "OUT/run", *TRAINING],
         "dlrm reference": [
             "reference",
@@ -133,6 +145,7 @@ MIDST = {
     "dlrm prepare": "before replace .*/part-train",
     "dlrm evaluate": "before score",
     "dlrm predict": "amid write .*csv",
+    "dlrm export": r"amid write .*model\.safetensors",
     "dlrm generate": "amid write .*arrow",
     "dlrm stack-distances": "amid write .*ids_1",
     "dlrm convert": "amid write .*safetensors",

@@ -311,9 +311,9 @@ class Baseline:
 class Run:
     """From raw rows to a trained, evaluated model and its predictions.
 
-    Prepares SOURCE into a DATASET, trains and evaluates into RUN, and where a test.txt lies beside
-    train.txt, predicts it into RUN/submission.csv. A plan is printed first. Interrupted, the same
-    command goes on where it stopped.
+    Prepares SOURCE into a DATASET, trains and evaluates into RUN, where a test.txt lies beside
+    train.txt, predicts it into RUN/submission.csv, and if asked to exports a BUNDLE. A plan is
+    printed first. Interrupted, the same command goes on where it stopped.
     """
 
     source: tyro.conf.Positional[Path]
@@ -327,13 +327,17 @@ class Run:
     """Where the DATASET goes, or lies already; by default RUN/dataset."""
     shuffle: Literal["none", "day", "total", "reference", "reference-day"] = "total"
     """Stored order of the training rows, as for `dlrm prepare`."""
+    export: Path | None = None
+    """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
         """Run all stages and print the result."""
         from dlrm.pipeline import run_all
 
         prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
-        _print_json(run_all(self.source, self.run, prepare_config, self.options, self.dataset))
+        _print_json(
+            run_all(self.source, self.run, prepare_config, self.options, self.dataset, self.export)
+        )
 
 
 @dataclass(frozen=True)
@@ -521,37 +525,46 @@ class Predict:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's model for other programs, as ONNX.
+    """Write a run's model as a BUNDLE: a folder that scores raw rows, here and elsewhere.
 
-    FOLDER gets model.onnx, of plain operators, and model.onnx.data with the weights where these
-    take more than 512 MiB. Its inputs are what the model's are: dense features after their
-    transform, ids of all rows' bags with their offsets. It appears when onnxruntime gives the
-    model's probabilities with it, on rows of the run's DATASET or made-up ones.
+    With dlrm installed it needs nothing else: schema, vocabularies, weights and examples are in it,
+    with checksums. A model file of plain operators is for other programs, which give it dense
+    features after their transform, and ids of all rows' bags with their offsets. BUNDLE appears
+    when both give the model's probabilities, on rows of the run's DATASET or made-up ones.
     """
 
     run: tyro.conf.Positional[Path]
     """What `dlrm train` made."""
-    folder: tyro.conf.Positional[Path]
+    bundle: tyro.conf.Positional[Path]
     """The folder to make."""
-    format: Literal["onnx"] = "onnx"
-    """What to write."""
+    format: Literal["torch", "onnx"] = "torch"
+    """The model file. torch: model.pt2, for torch.export.load; onnx: model.onnx."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     one_id: bool = False
-    """Take one id a feature, a matrix, -1 for none, instead of bags of any length."""
+    """The model file takes one id a feature, a matrix, -1 for none, instead of bags of any
+    length."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Of the embedding tables: integers, with a scale and a bias a row."""
+    compile: bool = False
+    """With --format torch, also write compiled.pt2: compiled by AOTInductor for processors like
+    this one. It takes a C++ compiler."""
     dataset: Path | None = None
     """Where the run's DATASET is now; by default where it was."""
 
     def execute(self) -> None:
-        """Export and print what was written, and the largest difference."""
+        """Export and print what was written, and the largest differences."""
         from dlrm.bundle.export import export
 
         _print_json(
             export(
                 self.run,
-                self.folder,
+                self.bundle,
+                format=self.format,
                 checkpoint=self.checkpoint,
                 one_id=self.one_id,
+                quantize=self.quantize,
+                compile=self.compile,
                 dataset=self.dataset,
             )
         )
@@ -736,7 +749,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "compare": (Compare, "tell whether runs differ beyond noise"),
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
-    "export": (Export, "write a run's model as ONNX, for other programs"),
+    "export": (Export, "write a run's model as a BUNDLE, to use anywhere"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),

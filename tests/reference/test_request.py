@@ -212,7 +212,7 @@ def test_the_command_of_quantized_inference() -> None:
 def test_the_command_of_an_export() -> None:
     asked = request("--save-onnx --run=r")
     assert cli.parse(shlex.split(asked.commands()[2])[1:]) == cli.Export(
-        Path("r"), Path("r/bundle"), checkpoint="newest"
+        Path("r"), Path("r/bundle"), format="onnx", checkpoint="newest"
     )
 
 

@@ -57,7 +57,11 @@ class Vocabulary:
         Raises:
             UserError: The file is missing or damaged.
         """
-        parts = list(Vocabulary.read_parts(path))
+        return Vocabulary.joined(list(Vocabulary.read_parts(path)))
+
+    @staticmethod
+    def joined(parts: Sequence[Vocabulary]) -> Vocabulary:
+        """Return ranges of ascending values as one."""
         return Vocabulary(
             np.concatenate([np.zeros(0, np.uint32), *(part.values for part in parts)]),
             np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
@@ -65,14 +69,18 @@ class Vocabulary:
         )
 
     @staticmethod
-    def read_parts(path: Path) -> Iterator[Vocabulary]:
+    def read_parts(path: Path, *, mapped: bool = False) -> Iterator[Vocabulary]:
         """Read a vocabulary in ranges of ascending values, of 16 MB at most.
+
+        Args:
+            path: The file.
+            mapped: They are a memory map of it (``open_arrow``).
 
         Raises:
             UserError: The file is missing or damaged.
         """
         try:
-            with open_arrow(path) as reader:
+            with open_arrow(path, mapped=mapped) as reader:
                 if reader.schema != _COLUMNS:
                     raise UserError(
                         f"{path} has the columns {reader.schema.names}, expected value, id and "
@@ -85,6 +93,45 @@ class Vocabulary:
             raise UserError(
                 f"{path} cannot be read: {error}. Prepare the dataset or train the run again."
             ) from error
+
+
+class MappedVocabulary:
+    """A vocabulary that stays in its file, of which processes share one copy in memory.
+
+    Args:
+        path: What ``write_vocabulary`` wrote.
+
+    Attributes:
+        parts: Ranges of ascending values.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.parts = [part for part in Vocabulary.read_parts(path, mapped=True) if len(part)]
+        self._first = np.array([part.values[0] for part in self.parts], np.uint32)
+
+    def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
+        """Return the id of each value, (m,), and -1 for those never seen."""
+        if len(self.parts) == 1:
+            return self.parts[0].encode(values)
+        ids = np.full(len(values), -1, np.int32)
+        own = np.searchsorted(self._first, values, side="right") - 1
+        for number, part in enumerate(self.parts):
+            here = own == number
+            ids[here] = part.encode(values[here])
+        return ids
+
+    @property
+    def ids_range(self) -> tuple[int, int]:
+        """The lowest and the highest id; (0, -1) where there is none."""
+        if not self.parts:
+            return 0, -1
+        return (
+            min(int(part.ids.min()) for part in self.parts),
+            max(int(part.ids.max()) for part in self.parts),
+        )
 
 
 def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:
@@ -126,18 +173,19 @@ class Encoder:
     """
 
     def __init__(
-        self, features: Sequence[SparseFeature], vocabularies: Sequence[Vocabulary | None]
+        self, features: Sequence[SparseFeature], vocabularies: Sequence[MappedVocabulary | None]
     ) -> None:
         self._features = tuple(features)
         self._vocabularies = tuple(vocabularies)
 
     @staticmethod
-    def open(folder: Path, schema: FeatureSchema) -> Encoder:
+    def open(folder: Path, schema: FeatureSchema, *, verified: bool = False) -> Encoder:
         """Read the vocabularies that lie beside a schema.
 
         Args:
-            folder: A DATASET or RUN.
+            folder: A DATASET, RUN or BUNDLE.
             schema: Its schema.
+            verified: Their checksums were compared already.
 
         Raises:
             UserError: A feature has no vocabulary, or the vocabularies are missing, damaged or not
@@ -154,28 +202,49 @@ class Encoder:
                 "because its rows were made up or prepared by another program. Prepare and train "
                 "from raw rows to predict raw rows."
             )
-        vocabularies: list[Vocabulary | None] = []
+        vocabularies: list[MappedVocabulary | None] = []
         for feature in schema.sparse:
             if feature.hash_buckets:
                 vocabularies.append(None)
                 continue
             path = folder / "vocabulary" / feature.vocabulary
-            vocabulary = Vocabulary.read(path)
+            vocabulary = MappedVocabulary(path)
             vocabularies.append(vocabulary)
-            ids = vocabulary.ids
-            if ids.min(initial=0) < 0 or not feature.takes_ids_below(int(ids.max(initial=-1)) + 1):
+            lowest, highest = vocabulary.ids_range
+            if lowest < 0 or not feature.takes_ids_below(highest + 1):
                 raise UserError(
-                    f"{path} is damaged: its ids are {ids.min()} … {ids.max()}, and the table of "
+                    f"{path} is damaged: its ids are {lowest} … {highest}, and the table of "
                     f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
                     "train the run again."
                 )
-            if (found := sha256(path)) != feature.vocabulary_sha256:
+            if not verified and (found := sha256(path)) != feature.vocabulary_sha256:
                 raise UserError(
                     f"{path} does not belong to {folder / 'schema.json'}: its SHA-256 is {found}, "
                     f"expected {feature.vocabulary_sha256}. Prepare the dataset or train the run "
                     "again."
                 )
         return Encoder(schema.sparse, vocabularies)
+
+    def decode(
+        self, ids: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Return raw values that are encoded as these ids (``values_of_ids``).
+
+        Args:
+            ids: (n, F), as they are stored.
+
+        Returns:
+            Values, (n, F), and whether a row has one for each feature, (n,).
+        """
+        values = np.empty(ids.shape, np.uint32)
+        known = np.ones(len(ids), np.bool_)
+        for index, (feature, vocabulary) in enumerate(
+            zip(self._features, self._vocabularies, strict=True)
+        ):
+            whole = None if vocabulary is None else Vocabulary.joined(vocabulary.parts)
+            values[:, index], found = values_of_ids(feature, whole, ids[:, index])
+            known &= found
+        return values, known
 
     def encode(
         self, values: npt.NDArray[np.uint32]
@@ -203,6 +272,43 @@ class Encoder:
             encoded[is_unknown] = feature.other_id
             ids[:, index] = encoded
         return ids, unknown
+
+
+def values_of_ids(
+    feature: SparseFeature, vocabulary: Vocabulary | None, ids: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+    """Return a raw value for each id of a feature: what ``Encoder.encode`` turns into it.
+
+    The id of values that the vocabulary lacks, -1 or the 'other' slot, gets the smallest of these.
+
+    Args:
+        feature: Of the ids.
+        vocabulary: Its vocabulary; None: values are hashed. Of these the first millions are tried.
+        ids: (n,), as they are stored.
+
+    Returns:
+        (n,) each: values, and whether there is one; else it is 0.
+    """
+    limit = feature.value_modulus or 1 << 32
+    if vocabulary is None:
+        tried = np.arange(min(limit, _HASHED_TRIED), dtype=np.uint32)
+        found = hashed(tried, feature.hash_buckets)
+    else:
+        others = np.setdiff1d(
+            np.arange(min(limit, len(vocabulary) + 1), dtype=np.uint32),
+            vocabulary.values[: len(vocabulary) + 1],
+            assume_unique=True,
+        )[:1]
+        tried = np.concatenate([vocabulary.values, others])
+        found = np.concatenate([vocabulary.ids, np.full(len(others), feature.other_id, np.int32)])
+    place = np.full(max(feature.num_embeddings, int(found.max(initial=0)) + 1) + 1, -1)
+    place[found] = np.arange(len(found))  # -1 is the last
+    known = ids < len(place) - 1
+    places = np.where(known, place[np.where(known, ids, 0)], -1)
+    return np.where(places >= 0, tried[places], 0).astype(np.uint32), places >= 0
+
+
+_HASHED_TRIED = 1 << 22
 
 
 def taken_modulo(values: npt.NDArray[np.uint32], modulus: int) -> npt.NDArray[np.uint32]:
