@@ -196,6 +196,10 @@ def load_optimizer_state(path: Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> safetensors.safe_open:
+    if path.is_dir():
+        inside = path / "checkpoints" / "newest.safetensors"
+        hint = f"{inside}, for instance" if inside.exists() else "in a RUN's checkpoints folder"
+        raise UserError(f"{path} is a folder. Name the file of a checkpoint: {hint}.")
     if not path.exists():
         raise UserError(
             f"{path} does not exist. Check the path; a run that was interrupted before its first "

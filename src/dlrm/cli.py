@@ -121,7 +121,7 @@ class StackDistances:
     files: tyro.conf.Positional[Path]
     """Where they go."""
     features: tuple[str, ...] = ()
-    """The sparse features, by name; by default all."""
+    """The sparse features, by name, in the order of the tables to be generated; by default all."""
     split: Split = "train"
     """Which rows, in their stored order."""
     padding: bool = False
