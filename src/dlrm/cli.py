@@ -31,6 +31,7 @@ from dlrm.config import (
     GenerateConfig,
     PrepareConfig,
     QuantizationConfig,
+    ServeConfig,
     SynthesizeConfig,
     TableConfig,
     TrainConfig,
@@ -555,6 +556,35 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP and gRPC, by the Open Inference Protocol.
+
+    Raw or prepared rows in, click probabilities out; /metrics for Prometheus. When requests are
+    first answered, the addresses are printed. SIGHUP loads the model anew, and SIGTERM ends the
+    server when all that was accepted is answered. It takes three packages: pip install
+    'dlrm[serve]'.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """What `dlrm train` made; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
+    options: Annotated[ServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ServeConfig
+    )
+
+    def execute(self) -> None:
+        """Serve until a signal comes."""
+        try:
+            from dlrm.serve.supervisor import serve
+        except ImportError as error:
+            raise UserError(
+                f"dlrm serve takes packages that are not installed ({error}): pip install "
+                "'dlrm[serve]'"
+            ) from error
+
+        serve(self.model, self.options)
+
+
+@dataclass(frozen=True)
 class Report:
     """Write one HTML page about a run, of a DLRM or a baseline, that any browser shows offline.
 
@@ -723,6 +753,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
     "export": (Export, "write a run's model as ONNX, for other programs"),
+    "serve": (Serve, "serve a model over HTTP and gRPC"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
     "bench": (BenchTrain, "measure training: `dlrm bench train`"),

@@ -713,6 +713,85 @@ class BenchTrainConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """How ``dlrm serve`` serves a model."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every one of the machine."""
+    port: int = 8000
+    """For HTTP; 0: any that is free."""
+    grpc_port: int = 8001
+    """For gRPC; 0: any that is free; -1: no gRPC."""
+    model_name: str = "dlrm"
+    """What clients call the model."""
+    workers: int = 1
+    """Processes that answer, on the same ports, each with its share of the cores. They share the
+    tables."""
+    max_batch_rows: int = 1024
+    """Score at most so many rows together; requests that wait are taken together up to this."""
+    batch_wait_ms: float = 0.0
+    """Let a request wait so many milliseconds for others, while nothing is scored. Whatever comes
+    while a batch is scored is taken together anyway."""
+    max_queue_rows: int = 8192
+    """Refuse requests while so many rows wait in a process."""
+    max_request_rows: int = 4096
+    """The most rows of a request."""
+    max_body: str = "8MiB"
+    """The largest body of an HTTP request, unpacked, and the largest message of gRPC."""
+    max_connections: int = 1024
+    """The most open HTTP connections of a process."""
+    read_timeout: float = 10.0
+    """Seconds in which the body of a request has to arrive."""
+    idle_timeout: float = 60.0
+    """Seconds after which a connection is closed on which no request arrives."""
+    request_timeout: float = 10.0
+    """Seconds after which a request that still waits to be scored is refused."""
+    drain_seconds: float = 1.0
+    """Seconds between SIGTERM, from which on the server says that it is not ready, and the time
+    when it takes no more connections: as long as a load balancer takes to notice."""
+    shutdown_timeout: float = 30.0
+    """Seconds after that in which accepted requests have to be answered."""
+    access_log: float = 0.0
+    """Share of the requests that are logged, as JSON lines on standard error: 0 none, 1 all.
+    Failures on our side are always logged."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name, least in (("port", 0), ("grpc_port", -1)):
+            value = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(least <= value < 1 << 16, f"{flag} must be in {least} … 65535; got {value}")
+        require(
+            self.port != self.grpc_port or self.port == 0,
+            f"--port and --grpc-port must differ; both are {self.port}",
+        )
+        require(
+            re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", self.model_name) is not None,
+            "--model-name must be 1 to 100 letters, digits and _.-, because it is part of "
+            f"addresses; got {self.model_name!r}",
+        )
+        for name in ("workers", "max_batch_rows", "max_request_rows", "max_queue_rows",
+                     "max_connections"):  # fmt: skip
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        for name in ("read_timeout", "idle_timeout", "request_timeout", "shutdown_timeout"):
+            value = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(0 < value < math.inf, f"{flag} must be a positive number; got {value}")
+        require(
+            0 <= self.drain_seconds <= 3600,
+            f"--drain-seconds must be in 0 … 3600; got {self.drain_seconds}",
+        )
+        require(
+            0 <= self.batch_wait_ms <= 1000,
+            f"--batch-wait-ms must be in 0 … 1000; got {self.batch_wait_ms}",
+        )
+        require(0 <= self.access_log <= 1, f"--access-log must be in 0 … 1; got {self.access_log}")
+        size_bytes(self.max_body, "--max-body")
+
+
+@dataclass(frozen=True)
 class BaselineConfig:
     """What ``dlrm baseline`` trains in a DLRM's place."""
 
