@@ -792,6 +792,70 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class BenchServeConfig:
+    """What ``dlrm bench serve`` measures."""
+
+    scenario: Literal["server", "single"] = "server"
+    """server: requests of 100 to 700 rows, one user and candidates, with the sizes of MLPerf's
+    samples. single: requests of one row."""
+    protocol: Literal["http", "grpc"] = "http"
+    """How requests go."""
+    encoding: Literal["binary", "json"] = "binary"
+    """Whether tensors go as bytes, or as JSON; with gRPC, as raw or typed contents."""
+    user_share: float = 0.5
+    """Of samples, the share of features that are the user's, sent once a request: the first of
+    either kind. 0: every candidate has its own."""
+    rates: tuple[float, ...] = ()
+    """Requests a second to offer; by default 10% to 100% of what a saturated server answers."""
+    limits_ms: tuple[float, ...] = (30.0, 60.0)
+    """Search for the highest rate with 99% of the answers within so many milliseconds."""
+    seconds: float = 10.0
+    """Offer each rate so long."""
+    confirm_seconds: float = 60.0
+    """Offer a rate so long to confirm that it holds a limit."""
+    clients: int = 1
+    """Processes that offer load, outside the server's."""
+    url: str = ""
+    """HTTP address of a server that runs, such as http://localhost:8000; by default one is started,
+    and ended."""
+    grpc_port: int = 8001
+    """Of that server, for gRPC."""
+    model_name: str = "dlrm"
+    """What the server calls the model."""
+    server_options: str = ""
+    """More options of the server that is started, as `dlrm serve` takes them: "--workers 2"."""
+    seed: int = 123
+    """Of the rows and of the times of requests."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("seconds", "confirm_seconds"):
+            value = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(0 < value < math.inf, f"{flag} must be a positive number; got {value}")
+        for name in ("rates", "limits_ms"):
+            values = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            good = all(0 < value < math.inf for value in values)
+            require(good, f"{flag} must be positive numbers; got {values}")
+        require(len(self.limits_ms) > 0, "--limits-ms: name at least one limit")
+        require(
+            not (self.url and self.server_options),
+            "--server-options are for a server that is started, and --url names one that runs",
+        )
+        require(self.clients >= 1, f"--clients must be at least 1; got {self.clients}")
+        require(
+            0 <= self.user_share <= 1,
+            f"--user-share must be in 0 … 1; got {self.user_share}",
+        )
+        require(
+            0 < self.grpc_port < 1 << 16, f"--grpc-port must be in 1 … 65535; got {self.grpc_port}"
+        )
+        require(0 <= self.seed < 2**31, f"--seed must be in 0 … 2**31-1; got {self.seed}")
+
+
+@dataclass(frozen=True)
 class BaselineConfig:
     """What ``dlrm baseline`` trains in a DLRM's place."""
 
