@@ -520,37 +520,46 @@ class Predict:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's model for other programs, as ONNX.
+    """Write a run's model as a BUNDLE: a folder that scores raw rows, here and elsewhere.
 
-    FOLDER gets model.onnx, of plain operators, and model.onnx.data with the weights where these
-    take more than 512 MiB. Its inputs are what the model's are: dense features after their
-    transform, ids of all rows' bags with their offsets. It appears when onnxruntime gives the
-    model's probabilities with it, on rows of the run's DATASET or made-up ones.
+    With dlrm installed it needs nothing else: schema, vocabularies, weights and examples are in it,
+    with checksums. A model file of plain operators is for other programs, which give it dense
+    features after their transform, and ids of all rows' bags with their offsets. BUNDLE appears
+    when both give the model's probabilities, on rows of the run's DATASET or made-up ones.
     """
 
     run: tyro.conf.Positional[Path]
     """What `dlrm train` made."""
-    folder: tyro.conf.Positional[Path]
+    bundle: tyro.conf.Positional[Path]
     """The folder to make."""
-    format: Literal["onnx"] = "onnx"
-    """What to write."""
+    format: Literal["torch", "onnx"] = "torch"
+    """The model file. torch: model.pt2, for torch.export.load; onnx: model.onnx."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     one_id: bool = False
-    """Take one id a feature, a matrix, -1 for none, instead of bags of any length."""
+    """The model file takes one id a feature, a matrix, -1 for none, instead of bags of any
+    length."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Of the embedding tables: integers, with a scale and a bias a row."""
+    compile: bool = False
+    """With --format torch, also write compiled.pt2: compiled by AOTInductor for processors like
+    this one. It takes a C++ compiler."""
     dataset: Path | None = None
     """Where the run's DATASET is now; by default where it was."""
 
     def execute(self) -> None:
-        """Export and print what was written, and the largest difference."""
+        """Export and print what was written, and the largest differences."""
         from dlrm.bundle.export import export
 
         _print_json(
             export(
                 self.run,
-                self.folder,
+                self.bundle,
+                format=self.format,
                 checkpoint=self.checkpoint,
                 one_id=self.one_id,
+                quantize=self.quantize,
+                compile=self.compile,
                 dataset=self.dataset,
             )
         )
@@ -792,7 +801,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "compare": (Compare, "tell whether runs differ beyond noise"),
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
-    "export": (Export, "write a run's model as ONNX, for other programs"),
+    "export": (Export, "write a run's model as a BUNDLE, to use anywhere"),
     "serve": (Serve, "serve a model over HTTP and gRPC"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),

@@ -191,6 +191,7 @@ def write_safetensors(
     metadata: Mapping[str, str],
     *,
     checksum: bool = False,
+    aligned: str = "",
 ) -> str:
     """Write a safetensors file; it appears complete or not at all.
 
@@ -204,6 +205,7 @@ def write_safetensors(
         metadata: Texts by name.
         checksum: Add to it ``sha256``, which ``verify_safetensors`` checks: of the whole file, with
             zeros where it stands itself.
+        aligned: The tensor that begins where a memory map of any system can begin.
 
     Returns:
         The checksum, if there is one.
@@ -219,7 +221,8 @@ def write_safetensors(
         start, end = end, end + size
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     encoded = msgspec.json.encode(header)
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    first = header[aligned]["data_offsets"][0] if aligned else 0
+    encoded += b" " * (-(8 + len(encoded) + first) % (_MAP_ALIGNMENT if aligned else 8))
     encoded = struct.pack("<Q", len(encoded)) + encoded
     digest = hashlib.sha256(encoded)
     with atomic_write(path) as file:
@@ -246,7 +249,25 @@ def write_safetensors(
 # quotes escaped.
 _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _ZEROS = "0" * 64
+_MAP_ALIGNMENT = 1 << 16
 _PIECE_BYTES = 1 << 20
+
+
+def safetensors_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where tensors lie in a safetensors file: by name, offset and bytes.
+
+    Args:
+        path: A file that the safetensors package could open, which checks that its header fits.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
+    places = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            places[name] = 8 + length + start, end - start
+    return places
 
 
 def verify_safetensors(path: Path) -> str:
@@ -283,7 +304,12 @@ def verify_safetensors(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a value that msgspec can encode, indented, atomically."""
     with atomic_write(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value that msgspec can encode as ``write_json`` writes it."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def read_json(path: Path, kind: type[T], what: str, *, if_missing: str = "") -> T:

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
+import torch
 
+from dlrm.bundles import BITS, Bundle, is_bundle
 from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig, size_bytes
 from dlrm.data import criteo
 from dlrm.data.batch import Batch, check_batch, make_batch
@@ -33,6 +35,7 @@ from dlrm.schema import FeatureSchema
 
 logger = logging.getLogger("dlrm")
 
+CPU = torch.device("cpu")
 FIRST_SUBMISSION_ID = 60000000
 """The Id of the first row of Criteo's test.txt in a Kaggle submission."""
 
@@ -57,7 +60,7 @@ class Predictor:
         config: Of the training.
         model: In evaluation mode.
         encoder: Raw values to ids; None: they are not known.
-        run: The RUN folder, for messages.
+        path: The RUN or BUNDLE, for messages.
 
     Attributes:
         scorer: Of batches that are known to fit the schema.
@@ -69,13 +72,13 @@ class Predictor:
         config: TrainConfig,
         model: DLRM,
         encoder: Encoder | None,
-        run: Path,
+        path: Path,
     ) -> None:
         self.schema = schema
         self.config = config
         self.model = model
-        self._encoder = encoder
-        self._run = run
+        self.encoder = encoder
+        self._path = path
         self.scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
@@ -113,7 +116,7 @@ class Predictor:
         Raises:
             UserError: There are no vocabularies.
         """
-        encoder = self._encoder or Encoder.open(self._run, self.schema)  # which is refused
+        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
         return encoder.encode(values)
 
     def predict_rows(
@@ -149,6 +152,7 @@ def load(
     local_rank: int = 0,
     amp: Amp | None = None,
     quantization: QuantizationConfig = FULL,
+    verified: bool = False,
 ) -> Predictor:
     """Load a trained model; its DATASET is not needed.
 
@@ -156,17 +160,30 @@ def load(
     case (``score``).
 
     Args:
-        path: A RUN folder.
-        checkpoint: "best" on the selection split, or "newest".
+        path: A RUN or a BUNDLE.
+        checkpoint: Of a RUN, "best" on the selection split, or "newest".
         device: Where to compute.
         local_rank: Which card of that kind.
-        amp: Whether matrices are multiplied in lower precision; None: as in training.
-        quantization: Of how many bits weights are.
+        amp: Whether matrices are multiplied in lower precision; None: for a RUN as in training, for
+            a BUNDLE not.
+        quantization: Of how many bits weights are, where they are not quantized already.
+        verified: Checksums were compared already, by the process that started this one, say: they
+            are not computed again.
 
     Raises:
-        UserError: The run is missing or damaged, or ``quantization`` does not go with the rest.
+        UserError: The run or bundle is missing or damaged, or ``quantization`` or ``checkpoint``
+            does not go with the rest.
         EnvironmentFaultError: The device is missing.
     """
+    if is_bundle(Path(path)):
+        bundle = Bundle.open(Path(path), verified=verified)
+        if checkpoint not in ("best", bundle.info.trained.checkpoint):
+            raise UserError(
+                f"{path} holds the {bundle.info.trained.checkpoint} checkpoint alone. Export the "
+                f"RUN again with --checkpoint {checkpoint}, or leave that away."
+            )
+        opened = open_device(device, local_rank)
+        return load_bundle(bundle, device=opened, amp=amp or "O0", quantization=quantization)
     run = Run.open(Path(path))
     if not run.checkpoint(checkpoint).exists():  # before the vocabularies are read
         raise UserError(
@@ -174,12 +191,48 @@ def load(
             "evaluation (`dlrm train --resume` goes on with it; what was saved since is called "
             "newest), or the name is not one of best and newest."
         )
-    encoder = Encoder.open(run.path, run.schema) if run.schema.encodes_values else None
-    model = run.load_model(checkpoint, open_device(device, local_rank))
+    encoder = _encoder(run.path, run.schema, verified=verified)
+    model = run.load_model(checkpoint, open_device(device, local_rank), verified=verified)
     config = run.config if amp is None else replace(run.config, amp=amp)
     refuse_quantization(quantization, model.device, config)
     quantize(model, quantization)
     return Predictor(run.schema, config, model, encoder, run.path)
+
+
+def load_bundle(
+    bundle: Bundle,
+    *,
+    device: torch.device = CPU,
+    amp: Amp = "O0",
+    quantization: QuantizationConfig = FULL,
+) -> Predictor:
+    """Load the model of a BUNDLE that is open, whose checksums were compared then.
+
+    Args:
+        bundle: The bundle.
+        device: Where to compute.
+        amp: Whether matrices are multiplied in lower precision.
+        quantization: Of how many bits weights are.
+
+    Raises:
+        UserError: A file is damaged, or ``quantization`` does not go with the rest.
+    """
+    config = TrainConfig(model=bundle.info.model, loss=bundle.info.loss, amp=amp)
+    refuse_quantization(quantization, device, config)
+    tables = bundle.info.quantize
+    if tables != "none" and (quantization.quantize_emb_with_bit != 32 or device.type != "cpu"):
+        raise UserError(
+            f"{bundle.path} has tables of {BITS[tables]} bits already, for --device cpu. Leave "
+            "--quantize-emb-with-bit and --device away, or export the RUN again without --quantize."
+        )
+    encoder = _encoder(bundle.path, bundle.schema, verified=True)
+    model = bundle.load_model(device)
+    quantize(model, quantization)
+    return Predictor(bundle.schema, config, model, encoder, bundle.path)
+
+
+def _encoder(path: Path, schema: FeatureSchema, *, verified: bool) -> Encoder | None:
+    return Encoder.open(path, schema, verified=verified) if schema.encodes_values else None
 
 
 def predict_file(

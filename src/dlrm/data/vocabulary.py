@@ -132,12 +132,13 @@ class Encoder:
         self._vocabularies = tuple(vocabularies)
 
     @staticmethod
-    def open(folder: Path, schema: FeatureSchema) -> Encoder:
+    def open(folder: Path, schema: FeatureSchema, *, verified: bool = False) -> Encoder:
         """Read the vocabularies that lie beside a schema.
 
         Args:
-            folder: A DATASET or RUN.
+            folder: A DATASET, RUN or BUNDLE.
             schema: Its schema.
+            verified: Their checksums were compared already.
 
         Raises:
             UserError: A feature has no vocabulary, or the vocabularies are missing, damaged or not
@@ -169,13 +170,33 @@ class Encoder:
                     f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
                     "train the run again."
                 )
-            if (found := sha256(path)) != feature.vocabulary_sha256:
+            if not verified and (found := sha256(path)) != feature.vocabulary_sha256:
                 raise UserError(
                     f"{path} does not belong to {folder / 'schema.json'}: its SHA-256 is {found}, "
                     f"expected {feature.vocabulary_sha256}. Prepare the dataset or train the run "
                     "again."
                 )
         return Encoder(schema.sparse, vocabularies)
+
+    def decode(
+        self, ids: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Return raw values that are encoded as these ids (``values_of_ids``).
+
+        Args:
+            ids: (n, F), as they are stored.
+
+        Returns:
+            Values, (n, F), and whether a row has one for each feature, (n,).
+        """
+        values = np.empty(ids.shape, np.uint32)
+        whole = np.ones(len(ids), np.bool_)
+        for index, (feature, vocabulary) in enumerate(
+            zip(self._features, self._vocabularies, strict=True)
+        ):
+            values[:, index], found = values_of_ids(feature, vocabulary, ids[:, index])
+            whole &= found
+        return values, whole
 
     def encode(
         self, values: npt.NDArray[np.uint32]
@@ -203,6 +224,43 @@ class Encoder:
             encoded[is_unknown] = feature.other_id
             ids[:, index] = encoded
         return ids, unknown
+
+
+def values_of_ids(
+    feature: SparseFeature, vocabulary: Vocabulary | None, ids: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+    """Return a raw value for each id of a feature: what ``Encoder.encode`` turns into it.
+
+    The id of values that the vocabulary lacks, -1 or the 'other' slot, gets the smallest of these.
+
+    Args:
+        feature: Of the ids.
+        vocabulary: Its vocabulary; None: values are hashed. Of these the first millions are tried.
+        ids: (n,), as they are stored.
+
+    Returns:
+        (n,) each: values, and whether there is one; else it is 0.
+    """
+    limit = feature.value_modulus or 1 << 32
+    if vocabulary is None:
+        tried = np.arange(min(limit, _HASHED_TRIED), dtype=np.uint32)
+        found = hashed(tried, feature.hash_buckets)
+    else:
+        others = np.setdiff1d(
+            np.arange(min(limit, len(vocabulary) + 1), dtype=np.uint32),
+            vocabulary.values[: len(vocabulary) + 1],
+            assume_unique=True,
+        )[:1]
+        tried = np.concatenate([vocabulary.values, others])
+        found = np.concatenate([vocabulary.ids, np.full(len(others), feature.other_id, np.int32)])
+    place = np.full(max(feature.num_embeddings, int(found.max(initial=0)) + 1) + 1, -1)
+    place[found] = np.arange(len(found))  # -1 is the last
+    known = ids < len(place) - 1
+    places = np.where(known, place[np.where(known, ids, 0)], -1)
+    return np.where(places >= 0, tried[places], 0).astype(np.uint32), places >= 0
+
+
+_HASHED_TRIED = 1 << 22
 
 
 def taken_modulo(values: npt.NDArray[np.uint32], modulus: int) -> npt.NDArray[np.uint32]:

@@ -363,12 +363,10 @@ class VariantSparseArch(NamedTables):
         }
         return found | self._pooling_names("learned")
 
-    def tables(self) -> dict[str, Tensor]:
-        """Return all tables and weights, fixed ones too, by their names in a state dict."""
-        tables = super().tables()
-        for arena, names in self._pooling_names("fixed").items():
-            tables |= dict(zip(names, arena.split(arena.arena), strict=True))
-        return tables
+    @property
+    def stored_arenas(self) -> Mapping[Arena, Sequence[str]]:
+        """All arenas, those of fixed weights too, with the names of their tables."""
+        return {**self.arenas, **self._pooling_names("fixed")}
 
     @property
     def table_bytes(self) -> int:

@@ -107,7 +107,12 @@ class Request:
             second += ["--profile", str(self.profile)] if self.profile else []
             commands = [first, second]
         if self.save_onnx:
-            commands.append(["dlrm", "export", run, str(self.save_onnx), "--checkpoint", "newest"])
+            commands.append(
+                [
+                    *("dlrm", "export", run, str(self.save_onnx)),
+                    *("--format", "onnx", "--checkpoint", "newest"),
+                ]
+            )
         return [shlex.join(command) for command in commands]
 
 
