@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dlrm.cli import main
 from dlrm.config import BenchServeConfig
 from dlrm.errors import UserError
 from dlrm.loadtest import bench
 from dlrm.loadtest.bench import Point, summary
 from dlrm.loadtest.client import ANSWERED, FAILED, REFUSED, Outcome
+from dlrm.loadtest.picture import refuse_format
+from dlrm.loadtest.server import Server
 
 
 def outcome(latencies_ms: list[float], *, status: list[int] | None = None) -> Outcome:
@@ -129,3 +134,70 @@ def test_options_that_mean_nothing_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=message):
             BenchServeConfig(**options)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_server_is_measured(
+    served: Server,
+    small_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    protocol: str,
+) -> None:
+    url = f"http://{served.host}:{served.port}"
+    picture = tmp_path / "latency.svg"
+    words = f"bench serve {small_bundle} --url {url} --grpc-port {served.grpc_port} --json"
+    words += f" --protocol {protocol} --scenario single --rates 50 100 --limits-ms 1000"
+    words += f" --seconds 0.5 --confirm-seconds 1 --picture {picture}"
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [point["rate"] for point in result["points"]] == [50, 100]
+    for point in result["points"]:
+        assert point["requests"] == pytest.approx(point["rate"] / 2, abs=25)
+        assert (point["failed"], point["refused"]) == (0, 0)
+        assert 0 < point["p50_ms"] <= point["p90_ms"] <= point["p99_ms"]
+        assert point["server_cores"] is None
+    assert result["offline"]["rows_per_second"] > 100
+    (held,) = result["held"]
+    assert held["point"]["rate"] == 100  # no higher one was offered
+    assert held["point"]["seconds"] == 1
+    share = held["point"]["rows_per_second"] / result["offline"]["rows_per_second"]
+    assert held["share_of_offline"] == pytest.approx(share)
+    assert result["request_rows"] == 1
+    text = picture.read_text()
+    assert "1000 ms" in text or "p99" in text
+    assert text.startswith("<?xml")
+
+
+def test_samples_are_asked_of_a_server_of_its_own(small_bundle: Path, dataset: Path) -> None:
+    config = BenchServeConfig(
+        rates=(10.0,), limits_ms=(2000.0,), seconds=1.0, confirm_seconds=1.0,
+        server_options="--workers 1 --max-queue-rows 100000", clients=2, encoding="json",
+    )  # fmt: skip
+    result = bench.bench_serve(small_bundle, config, dataset)
+    assert 260 < result.request_rows < 280
+    (point,) = result.points
+    assert (point.failed, point.refused) == (0, 0)
+    assert 0 < point.server_cores < 3
+    assert 0 < point.client_cores < 2
+    text = result.table()
+    assert f"test rows of {dataset}" in text
+    assert "p99 ≤ 2000 ms: 10.0 requests/s" in text
+
+
+def test_a_server_of_another_model_or_none_is_refused(
+    served: Server, small_bundle: Path, tmp_path: Path
+) -> None:
+    url = f"http://{served.host}:{served.port}"
+    with pytest.raises(UserError, match=r"status 404: .*is the model's name right"):
+        bench.bench_serve(small_bundle, BenchServeConfig(url=url, model_name="other"))
+    with pytest.raises(UserError, match="is not answered as expected"):
+        bench.bench_serve(small_bundle, BenchServeConfig(url="http://127.0.0.1:9"))
+    with pytest.raises(UserError, match="must be like http://localhost:8000"):
+        bench.bench_serve(small_bundle, BenchServeConfig(url="ftp://x"))
+    with pytest.raises(UserError, match=r"dlrm serve did not start: .*missing"):
+        bench.bench_serve(tmp_path / "missing", BenchServeConfig())
+    with pytest.raises(UserError, match=r"must end in one of \.svg, \.png, \.pdf"):
+        refuse_format(tmp_path / "picture.gif")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +255,7 @@ def make_payloads(
     if config.scenario == "server":
         sizes = payloads.sample_sizes(count, generator)
     inputs: Iterator[list[payloads.Tensor]]
-    features = {feature.name for feature in (*schema.dense, *schema.sparse)}
+    features = {each.name for each in schema.dense} | {each.name for each in schema.sparse}
     if features <= accepted:
         rows, origin = _raw_rows(model, schema, dataset, int(sizes.sum()), generator)
         ends = np.cumsum(sizes)
@@ -325,12 +326,10 @@ class _Measure:
     def saturated(self) -> tuple[int, Point]:
         """Return how many requests under way give the best rate, and that."""
         seconds = self._config.seconds
-        self._run(lambda: self._clients.saturate(_OUTSTANDING[0], _WARM_UP_SECONDS))
+        self._run(partial(self._clients.saturate, _OUTSTANDING[0], _WARM_UP_SECONDS))
         found = []
         for outstanding in _OUTSTANDING:
-            outcome, server_cores = self._run(
-                lambda outstanding=outstanding: self._clients.saturate(outstanding, seconds)
-            )
+            outcome, server_cores = self._run(partial(self._clients.saturate, outstanding, seconds))
             # At first not all are under way, and at last not all any more.
             window = outcome.answered[outcome.status == ANSWERED]
             window = window[(window > 0.1 * seconds) & (window <= seconds)]
@@ -387,7 +386,7 @@ class _Measure:
     def at(self, rate: float, seconds: float) -> Point:
         """Offer one rate."""
         seed = self._config.seed + self._runs
-        outcome, server_cores = self._run(lambda: self._clients.offer(rate, seconds, seed))
+        outcome, server_cores = self._run(partial(self._clients.offer, rate, seconds, seed))
         return summary(outcome, rate, seconds, server_cores)
 
     def _run(self, load: Callable[[], Outcome]) -> tuple[Outcome, float | None]:

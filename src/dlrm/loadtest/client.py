@@ -117,10 +117,12 @@ class Outcome:
     @staticmethod
     def joined(parts: Sequence[Outcome]) -> Outcome:
         """Return the outcome of several processes that ran at a time."""
-        names = ("due", "sent", "answered", "status", "rows")
-        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
         return Outcome(
-            *arrays,
+            np.concatenate([part.due for part in parts]),
+            np.concatenate([part.sent for part in parts]),
+            np.concatenate([part.answered for part in parts]),
+            np.concatenate([part.status for part in parts]),
+            np.concatenate([part.rows for part in parts]),
             cpu_seconds=sum(part.cpu_seconds for part in parts),
             seconds=max(part.seconds for part in parts),
             failures=sum((part.failures for part in parts), Counter()),

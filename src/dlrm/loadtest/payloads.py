@@ -20,7 +20,7 @@ from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, Rows
 from dlrm.data.vocabulary import Vocabulary
 from dlrm.loadtest.client import Payloads
-from dlrm.schema import FeatureSchema, SparseFeature
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 from dlrm.serve.messages import MESSAGES
 
 SAMPLE_SIZES = (100, 200, 300, 400, 500, 600, 700)
@@ -183,11 +183,12 @@ def tensors(schema: FeatureSchema, rows: RawRows, user_share: float) -> list[Ten
     """
     if user_share == 0 or len(rows) == 1:
         return [Tensor("dense", "INT32", rows.dense), Tensor("sparse", "BYTES", rows.values)]
-    found = []
-    for features, datatype, columns in (
+    kinds: list[tuple[Sequence[DenseFeature | SparseFeature], str, npt.NDArray[Any]]] = [
         (schema.dense, "INT32", rows.dense),
         (schema.sparse, "BYTES", rows.values),
-    ):
+    ]
+    found = []
+    for features, datatype, columns in kinds:
         of_user = round(user_share * len(features))
         for index, feature in enumerate(features):
             elements = np.ascontiguousarray(columns[: 1 if index < of_user else None, index, None])
@@ -220,7 +221,7 @@ def http_request(inputs: Sequence[Tensor], model: str, host: str, encoding: Enco
     described = []
     tail = []
     for tensor in inputs:
-        about = {
+        about: dict[str, Any] = {
             "name": tensor.name,
             "datatype": tensor.datatype,
             "shape": list(tensor.elements.shape),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from dlrm.errors import UserError
 from dlrm.files import environment_faults
@@ -14,6 +15,14 @@ from dlrm.loadtest.bench import BenchServeResult
 
 _COLOURS = ("#0b5fad", "#b3400a", "#157038")
 _DASHES = ("solid", (0, (5, 2)), (0, (2, 1.5)))
+_STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "font.size": 11,
+    "grid.color": "#d9dfe5",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "dlrm",
+}
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -41,8 +50,7 @@ def draw_latency(result: BenchServeResult, path: Path) -> None:
     Raises:
         EnvironmentFaultError: It cannot be written.
     """
-    style = {"font.size": 11, "svg.hashsalt": "dlrm", "axes.grid": True, "grid.linewidth": 0.6}
-    with mpl.rc_context({**style, "grid.color": "#d9dfe5", "legend.frameon": False}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.5, 4.8), layout="constrained")
         axes = figure.add_subplot()
         for number, share in enumerate((50, 90, 99)):
@@ -81,6 +89,7 @@ def draw_latency(result: BenchServeResult, path: Path) -> None:
             yscale="log",
             xlim=(0, None),
         )
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         figure.legend(loc="outside upper left", ncols=4, borderaxespad=0)

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dlrm.bundles import BUNDLE, is_bundle
 from dlrm.data.batch import Batch, make_batch
 from dlrm.prediction import Predictor, load
 from dlrm.schema import FeatureSchema
+from dlrm.serve.card import Card, read_card
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import RawRows, Reader, Rows
 
@@ -43,11 +45,15 @@ class ServedModel:
         name: What clients call it.
         version: Another for another content.
         most_rows: Of a request.
+        card: What people are told of it.
     """
 
-    def __init__(self, predictor: Predictor, name: str, version: str, most_rows: int) -> None:
+    def __init__(
+        self, predictor: Predictor, name: str, version: str, most_rows: int, card: Card
+    ) -> None:
         self.name = name
         self.version = version
+        self.card = card
         self.reader = Reader(predictor.schema, most_rows)
         self._predictor = predictor
         schema = predictor.schema
@@ -63,7 +69,9 @@ class ServedModel:
             EnvironmentFaultError: Memory ran out.
         """
         predictor = load(path)
-        return ServedModel(predictor, name, _version(path), most_rows)
+        version = _version(path)
+        card = read_card(path, predictor, name, version)
+        return ServedModel(predictor, name, version, most_rows, card)
 
     @property
     def schema(self) -> FeatureSchema:
@@ -162,7 +170,12 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 
 
 def _version(path: Path) -> str:
-    """Return what tells a RUN from others: a digest of its schema and its checkpoint's header."""
+    """Return what tells a model from others.
+
+    A digest of all of a BUNDLE; of a RUN of its schema and its checkpoint's header.
+    """
+    if is_bundle(path):
+        return hashlib.sha256((path / BUNDLE).read_bytes()).hexdigest()[:12]
     digest = hashlib.sha256((path / "schema.json").read_bytes())
     with open(path / "checkpoints" / "best.safetensors", "rb") as file:
         length = int.from_bytes(file.read(8), "little")
