@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # That for AVX-512 rounds otherwise, and Adagrad makes whole steps of gradients that are nothing but
 # rounding errors: its losses then differ by a per cent after some tens of steps.
 os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+
+# Where a logger of its has a handler, as all have in a test, torch.export writes a log of each step
+# that takes longer than the rest.
+logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

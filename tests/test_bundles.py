@@ -11,19 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dlrm
 from dlrm.bundle.export import export
-from dlrm.bundles import Bundle, write_info
+from dlrm.bundles import Bundle, BundleInfo, write_info
 from dlrm.config import ModelConfig, QuantizationConfig, TableConfig, TrainConfig
 from dlrm.data.dataset import Dataset
 from dlrm.errors import UserError
 from dlrm.files import safetensors_places, sha256
 from dlrm.model import score
 from dlrm.runs import Run
+from hostile_headers import HEADERS, HUGE
 
 MODEL = ModelConfig(
     embedding_dim=4,
@@ -197,12 +200,9 @@ def test_other_versions_are_refused(bundle: Path) -> None:
 
 def resealed(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change bundle.json as a stranger would, with a checksum that fits."""
-    import msgspec
-
     content = json.loads((bundle / "bundle.json").read_text())
     change(content)
-    kind = type(Bundle.open(bundle).info)
-    write_info(bundle, msgspec.json.decode(json.dumps(content), type=kind))
+    write_info(bundle, msgspec.convert(content, BundleInfo))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,35 @@ def test_weights_of_another_model(bundle: Path) -> None:
         dlrm.load(bundle)
 
 
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
+def test_headers_that_claim_what_cannot_be(bundle: Path, header: dict[str, Any]) -> None:
+    encoded = json.dumps(header).encode()
+    path = bundle / "model.safetensors"
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(24))
+    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    resealed(bundle, lambda content: content["files"].update({path.name: file}))
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        dlrm.load(bundle)
+
+
+def test_tables_that_do_not_lie_one_after_another(bundle: Path) -> None:
+    """As a stranger's program would write them, which no reader of ours could map as one."""
+    path = bundle / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: weights[name].clone() for name in sorted(weights, reverse=True)}, path)
+    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    resealed(bundle, lambda content: content["files"].update({path.name: file}))
+    with pytest.raises(UserError, match=r"the tables from .* on do not lie one after another"):
+        dlrm.load(bundle)
+
+
+@pytest.mark.parametrize("sizes", [[HUGE, 1], [2**62, 2**62, 1]])
+def test_layers_that_no_memory_has(bundle: Path, sizes: list[int]) -> None:
+    resealed(bundle, lambda content: content["model"].update(over_arch_layer_sizes=sizes))
+    with pytest.raises(UserError, match=r"over_arch|is damaged"):
+        dlrm.load(bundle)
+
+
 def test_options_that_do_not_go_with_a_bundle(original: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds the best checkpoint alone"):
         dlrm.load(original, checkpoint="newest")
@@ -254,3 +283,16 @@ def test_options_that_do_not_go_with_a_bundle(original: Path, run: Path, tmp_pat
     )
     with pytest.raises(UserError, match="has tables of 8 bits already"):
         dlrm.load(tmp_path / "eight", quantization=four)
+
+
+def test_a_bundle_of_format_1_4_is_read() -> None:
+    """Of tables of 8 bits; a feature with another slot, one that is hashed."""
+    folder = Path(__file__).parent / "fixtures" / "bundle-1.4"
+    opened = Bundle.open(folder)
+    assert (opened.info.format_version, opened.info.quantize) == ("1.4", "int8")
+    assert opened.info.trained.rows == {"train": 256, "validation": 100, "test": 100}
+    rows = opened.examples().rows
+    assert [row.features["cat_0"] for row in rows[:2]] == ["4ecde8b8", "d9c2825b"]
+    table = {name: [row.features[name] for row in rows] for name in rows[0].features}
+    found = dlrm.load(folder).predict(table)
+    assert found.tolist() == pytest.approx([row.probability for row in rows], abs=1e-6)

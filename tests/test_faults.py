@@ -19,7 +19,7 @@ REFERENCE = (
     "--arch-sparse-feature-size=2 --arch-mlp-bot=13-2 --arch-mlp-top=1 --loss-function=bce "
     "--data-generation=dataset --mini-batch-size=64 --test-freq=15 --print-freq=10"
 ).split()
-NAMES = {"DATASET": "set.dataset", "RUN": "run", "OUTPUT": "out.csv"}
+NAMES = {"DATASET": "set.dataset", "RUN": "run", "OUTPUT": "out.csv", "BUNDLE": "bundle"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ LINES = read_lines()
 
 def test_the_table_has_every_command_and_every_cause() -> None:
     causes = ["SIGINT", "SIGTERM", "SIGKILL", "disk full", "out of memory"]
-    commands = ["prepare", "train", "evaluate", "predict", "run", "reference"]
+    commands = ["prepare", "train", "evaluate", "predict", "export", "run", "reference"]
     assert [(line.command, line.cause.partition(" (")[0]) for line in LINES] == [
         (f"dlrm {command}", cause) for command in commands for cause in causes
     ]
@@ -80,6 +80,7 @@ def commands(raw_rows: Path, dataset: Path, trained: Path) -> dict[str, list[Any
         "dlrm train": ["train", dataset, "--run", "OUT/run", *TRAINING],
         "dlrm evaluate": ["evaluate", trained],
         "dlrm predict": ["predict", trained, raw_rows / "test.txt", "OUT/out.csv"],
+        "dlrm export": ["export", trained, "OUT/bundle", "--format", "onnx"],
         "dlrm run": ["run", raw_rows, "OUT/run", *TRAINING],
         "dlrm reference": [
             "reference",
@@ -95,6 +96,7 @@ MIDST = {
     "dlrm prepare": "before replace .*/part-train",
     "dlrm evaluate": "before score",
     "dlrm predict": "amid write .*csv",
+    "dlrm export": r"amid write .*model\.safetensors",
 }
 """Elsewhere after the sixth step."""
 

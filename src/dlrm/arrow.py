@@ -31,20 +31,29 @@ _RECORD_BATCH_COMPRESSION = 3
 
 
 @contextmanager
-def open_arrow(path: Path) -> Iterator[Any]:
+def open_arrow(path: Path, *, mapped: bool = False) -> Iterator[Any]:
     """Open an Arrow file; as a context it gives a ``pyarrow.ipc.RecordBatchFileReader``.
+
+    Args:
+        path: The file.
+        mapped: What is read is a memory map, which processes share and which is not read before it
+            is looked at; the file must not change.
 
     Raises:
         pyarrow.ArrowInvalid: The file is damaged, or holds what none of ours does.
         EnvironmentFaultError: The disk fails.
         OSError: It cannot be read for another reason.
     """
-    with environment_faults(f"read {path}"), pa.OSFile(str(path)) as file:
+    with environment_faults(f"read {path}"), _opened(path, mapped=mapped) as file:
         try:
             _refuse_compressed(file)
         except (struct.error, ValueError) as error:  # pa.ArrowInvalid is a ValueError too
             raise pa.ArrowInvalid(str(error)) from error
         yield pa.ipc.open_file(file)
+
+
+def _opened(path: Path, *, mapped: bool) -> Any:
+    return pa.memory_map(str(path)) if mapped else pa.OSFile(str(path))
 
 
 def _refuse_compressed(file: Any) -> None:

@@ -42,7 +42,7 @@ EXAMPLES = "examples.json"
 
 BundleFormat = Literal["torch", "onnx"]
 TableBits = Literal["none", "int8", "int4"]
-BITS: dict[TableBits, int] = {"none": 32, "int8": 8, "int4": 4}
+BITS: dict[TableBits, Literal[4, 8, 32]] = {"none": 32, "int8": 8, "int4": 4}
 """Of a number of the tables."""
 
 _ZEROS = "0" * 64
@@ -211,9 +211,12 @@ class Bundle:
         path = self.path / WEIGHTS
         try:
             model = DLRM(self.schema, self.info.model, torch.device("meta"))
-            if self.info.quantize != "none":
-                for arena in _tables(model):
-                    _quantize_nothing(arena, BITS[self.info.quantize])
+        except RuntimeError as error:  # of sizes that no memory has
+            raise _damaged(self.path / BUNDLE, str(error).splitlines()[0]) from error
+        if self.info.quantize != "none":
+            for arena in _tables(model):
+                _quantize_nothing(arena, BITS[self.info.quantize])
+        try:
             _map_weights(path, model)
         except (safetensors.SafetensorError, OSError) as error:
             raise _damaged(path, str(error)) from error
@@ -299,16 +302,15 @@ def _map_weights(path: Path, model: DLRM) -> None:
                 weight = nn.Parameter(file.get_tensor(name).clone(), requires_grad=False)
                 setattr(model.get_submodule(owner), own, weight)
     places = safetensors_places(path)
-    mapped: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    size = path.stat().st_size
+    mapped: Any = torch.UntypedStorage.from_file(str(path), False, size)
     for arena, names in model.sparse_arch.stored_arenas.items():
         parts = [places[f"sparse_arch.{name}"] for name in names]
-        ends = [start + size for start, size in parts]
-        if ends[:-1] != [start for start, _ in parts[1:]]:
-            raise UserError(
-                f"{path} is damaged: the tables after {names[0]} do not lie one after "
-                f"another. {_REMEDY}"
-            )
-        tables = _view(mapped, parts[0][0], arena.stored)
+        ends = [start + length for start, length in parts]
+        begin, width = parts[0][0], arena.stored.itemsize
+        if ends[:-1] != [start for start, _ in parts[1:]] or begin % width or ends[-1] > size:
+            raise _damaged(path, f"the tables from {names[0]} on do not lie one after another")
+        tables = _view(mapped, begin, arena.stored)
         if arena.quantized is None:
             arena.arena = nn.Parameter(tables, requires_grad=False)
         else:

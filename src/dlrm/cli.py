@@ -310,9 +310,9 @@ class Baseline:
 class Run:
     """From raw rows to a trained, evaluated model and its predictions.
 
-    Prepares SOURCE into a DATASET, trains and evaluates into RUN, and where a test.txt lies beside
-    train.txt, predicts it into RUN/submission.csv. A plan is printed first. Interrupted, the same
-    command goes on where it stopped.
+    Prepares SOURCE into a DATASET, trains and evaluates into RUN, where a test.txt lies beside
+    train.txt, predicts it into RUN/submission.csv, and if asked to exports a BUNDLE. A plan is
+    printed first. Interrupted, the same command goes on where it stopped.
     """
 
     source: tyro.conf.Positional[Path]
@@ -326,13 +326,17 @@ class Run:
     """Where the DATASET goes, or lies already; by default RUN/dataset."""
     shuffle: Literal["none", "day", "total", "reference", "reference-day"] = "total"
     """Stored order of the training rows, as for `dlrm prepare`."""
+    export: Path | None = None
+    """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
         """Run all stages and print the result."""
         from dlrm.pipeline import run_all
 
         prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
-        _print_json(run_all(self.source, self.run, prepare_config, self.options, self.dataset))
+        _print_json(
+            run_all(self.source, self.run, prepare_config, self.options, self.dataset, self.export)
+        )
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,7 @@ def atomic_folder(path: Path, what: str) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     with locked(path, what):
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-            raise UserError(
-                f"{path} is there already, and is not overwritten. Choose another {what}."
-            )
+        refuse_taken_folder(path, what)
         with environment_faults(f"write to {path.parent}"):
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
@@ -160,6 +157,20 @@ def atomic_folder(path: Path, what: str) -> Iterator[Path]:
                 flush_folder(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_taken_folder(path: Path, what: str) -> None:
+    """Refuse the place of a folder where something is already, other than an empty folder.
+
+    Args:
+        path: The place.
+        what: What the folder would be, for messages.
+
+    Raises:
+        UserError: Naming the place.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} is there already, and is not overwritten. Choose another {what}.")
 
 
 def is_plain_name(name: str) -> bool:

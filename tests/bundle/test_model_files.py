@@ -16,7 +16,13 @@ from torch import Tensor
 
 from dlrm.bundle.export import model_inputs
 from dlrm.bundle.graph import _floats, _Graph, onnx_model, write_onnx
-from dlrm.bundle.program import exported_program, open_program, write_program
+from dlrm.bundle.program import (
+    compile_program,
+    exported_program,
+    open_compiled,
+    open_program,
+    write_program,
+)
 from dlrm.bundles import write_weights
 from dlrm.config import LossConfig, QuantizationConfig
 from dlrm.data.batch import Batch
@@ -90,7 +96,20 @@ KINDS: dict[str, Callable[[], DLRM]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+CASES: list[Any] = [("onnx", kind, ()) for kind in KINDS]
+# A program takes seconds to trace: these few have every branch of it.
+CASES += [
+    ("torch", kind, () if kind in ("every kind", "every kind, 4 bits") else pytest.mark.long)
+    for kind in KINDS
+]
+every_kind = pytest.mark.parametrize(
+    ("runtime", "kind"),
+    [pytest.param(runtime, kind, marks=marks) for runtime, kind, marks in CASES],
+    indirect=["runtime"],
+)
+
+
+@every_kind
 def test_bags_of_any_length_give_the_models_probabilities(
     kind: str, runtime: Callable[..., Runtime]
 ) -> None:
@@ -105,7 +124,7 @@ def test_bags_of_any_length_give_the_models_probabilities(
             assert np.ptp(found) > 0.1 or rows == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_one_id_a_feature_or_none_gives_the_same(
     kind: str, runtime: Callable[..., Runtime]
 ) -> None:
@@ -199,3 +218,21 @@ def test_numbers_of_their_bytes_in_onnx(kind: type[np.floating[Any]], tmp_path: 
     stored = np.ascontiguousarray(numbers).view(np.uint8).astype(np.int32)
     (values,) = session.run(None, {"bytes": stored})
     np.testing.assert_array_equal(values, numbers.astype(np.float32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("one_id", [False, True])
+def test_what_is_compiled_gives_the_models_probabilities(
+    bits: int, one_id: bool, tmp_path: Path
+) -> None:
+    model, weights = with_bits(bits, tables=EVERY_KIND), tmp_path / "model.safetensors"
+    write_weights(weights, model)
+    path = tmp_path / "compiled.pt2"
+    compile_program(path, exported_program(model, LossConfig(), one_id=one_id))
+    assert path.stat().st_size < 1 << 20
+    run = open_compiled(path, weights)
+    for rows, longest in ((300, 1), (1, 1), (64, 1 if one_id else 5), (7, 0)):
+        batch = make_batch(rows, longest)
+        found = run(**model_inputs(batch, one_id=one_id)).numpy()
+        np.testing.assert_allclose(found, expected(model, batch), rtol=0, atol=1e-6)

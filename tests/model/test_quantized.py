@@ -120,7 +120,7 @@ def test_parts_of_a_large_batch_are_looked_up_apart(monkeypatch: pytest.MonkeyPa
     model, batch = make_model(), make_batch(300, 3)
     quantize(model, QuantizationConfig(quantize_emb_with_bit=8))
     whole = Scorer(model, LossConfig())(batch)
-    monkeypatch.setattr("dlrm.model.native.PART_ROWS", 64)
+    monkeypatch.setattr("dlrm.model.native.part_rows", lambda: 64)
     np.testing.assert_array_equal(Scorer(model, LossConfig())(batch), whole)
 
 

@@ -27,6 +27,7 @@ from dlrm.bundles import (
     Examples,
     TableBits,
     Trained,
+    is_bundle,
     stored_files,
     write_info,
     write_weights,
@@ -37,7 +38,7 @@ from dlrm.data.batch import Bags, Batch, make_batch
 from dlrm.data.dataset import Dataset, Rows, copy_description, in_blocks
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
-from dlrm.files import atomic_folder, write_json
+from dlrm.files import atomic_folder, refuse_taken_folder, write_json
 from dlrm.model.quantized import quantize as quantize_model
 from dlrm.model.score import Scorer
 from dlrm.prediction import CPU, Predictor, load_bundle
@@ -151,7 +152,7 @@ def export(
         trained = _scores(Scorer(model, loss), sample, schema)
         expected = trained
         if quantize != "none":
-            quantize_model(model, QuantizationConfig(quantize_emb_with_bit=_bits(quantize)))
+            quantize_model(model, QuantizationConfig(quantize_emb_with_bit=BITS[quantize]))
             expected = _scores(Scorer(model, loss), sample, schema)
         copy_description(opened.path, partial, schema)
         write_weights(partial / WEIGHTS, model)
@@ -211,6 +212,40 @@ def export(
         )
 
 
+def export_once(run: Path, folder: Path) -> None:
+    """Export the best checkpoint as ``export`` does by default; leave a BUNDLE of it as it is.
+
+    Raises:
+        UserError: As ``export``; FOLDER may also hold a BUNDLE of another checkpoint.
+        EnvironmentFaultError: As ``export``.
+    """
+    if not is_bundle(folder):
+        compared = export(run, folder).compared
+        logger.info(
+            "exported into %s; probabilities of %d rows differ by up to %.1e",
+            *(folder, compared.rows, compared.largest_foreign_difference),
+        )
+        return
+    there = Bundle.open(folder).info.trained.checkpoint_sha256
+    if there != verify(Run.open(run).checkpoint("best")):
+        raise UserError(
+            f"{folder} is a bundle of another checkpoint than the best of {run}, and is not "
+            "overwritten. Choose another bundle."
+        )
+    logger.info("exported into %s already", folder)
+
+
+def refuse_taken_bundle(run: Path, folder: Path) -> None:
+    """Refuse, before a RUN is trained, a BUNDLE folder that cannot be its.
+
+    Raises:
+        UserError: There is something else, or the RUN has not ended, and so it is another's.
+    """
+    if is_bundle(folder) and (run / "result.json").exists():
+        return
+    refuse_taken_folder(folder, "bundle")
+
+
 def refuse_missing_packages() -> None:
     """Refuse to export where a package is missing that exporting to ONNX takes.
 
@@ -252,10 +287,6 @@ def _inputs(schema: FeatureSchema, *, one_id: bool) -> dict[str, tuple[int | str
     if one_id:
         return dense | {"sparse_features": ("rows", len(schema.sparse))}
     return dense | {"sparse_features": ("ids",), "offsets": (f"{len(schema.sparse)} rows + 1",)}
-
-
-def _bits(quantize: TableBits) -> Any:
-    return BITS[quantize]
 
 
 def _write_model_file(bundle: Bundle, *, one_id: bool) -> _Foreign:

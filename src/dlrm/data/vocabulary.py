@@ -57,7 +57,11 @@ class Vocabulary:
         Raises:
             UserError: The file is missing or damaged.
         """
-        parts = list(Vocabulary.read_parts(path))
+        return Vocabulary.joined(list(Vocabulary.read_parts(path)))
+
+    @staticmethod
+    def joined(parts: Sequence[Vocabulary]) -> Vocabulary:
+        """Return ranges of ascending values as one."""
         return Vocabulary(
             np.concatenate([np.zeros(0, np.uint32), *(part.values for part in parts)]),
             np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
@@ -65,14 +69,18 @@ class Vocabulary:
         )
 
     @staticmethod
-    def read_parts(path: Path) -> Iterator[Vocabulary]:
+    def read_parts(path: Path, *, mapped: bool = False) -> Iterator[Vocabulary]:
         """Read a vocabulary in ranges of ascending values, of 16 MB at most.
+
+        Args:
+            path: The file.
+            mapped: They are a memory map of it (``open_arrow``).
 
         Raises:
             UserError: The file is missing or damaged.
         """
         try:
-            with open_arrow(path) as reader:
+            with open_arrow(path, mapped=mapped) as reader:
                 if reader.schema != _COLUMNS:
                     raise UserError(
                         f"{path} has the columns {reader.schema.names}, expected value, id and "
@@ -85,6 +93,45 @@ class Vocabulary:
             raise UserError(
                 f"{path} cannot be read: {error}. Prepare the dataset or train the run again."
             ) from error
+
+
+class MappedVocabulary:
+    """A vocabulary that stays in its file, of which processes share one copy in memory.
+
+    Args:
+        path: What ``write_vocabulary`` wrote.
+
+    Attributes:
+        parts: Ranges of ascending values.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.parts = [part for part in Vocabulary.read_parts(path, mapped=True) if len(part)]
+        self._first = np.array([part.values[0] for part in self.parts], np.uint32)
+
+    def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
+        """Return the id of each value, (m,), and -1 for those never seen."""
+        if len(self.parts) == 1:
+            return self.parts[0].encode(values)
+        ids = np.full(len(values), -1, np.int32)
+        own = np.searchsorted(self._first, values, side="right") - 1
+        for number, part in enumerate(self.parts):
+            here = own == number
+            ids[here] = part.encode(values[here])
+        return ids
+
+    @property
+    def ids_range(self) -> tuple[int, int]:
+        """The lowest and the highest id; (0, -1) where there is none."""
+        if not self.parts:
+            return 0, -1
+        return (
+            min(int(part.ids.min()) for part in self.parts),
+            max(int(part.ids.max()) for part in self.parts),
+        )
 
 
 def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:
@@ -126,7 +173,7 @@ class Encoder:
     """
 
     def __init__(
-        self, features: Sequence[SparseFeature], vocabularies: Sequence[Vocabulary | None]
+        self, features: Sequence[SparseFeature], vocabularies: Sequence[MappedVocabulary | None]
     ) -> None:
         self._features = tuple(features)
         self._vocabularies = tuple(vocabularies)
@@ -155,18 +202,18 @@ class Encoder:
                 "because its rows were made up or prepared by another program. Prepare and train "
                 "from raw rows to predict raw rows."
             )
-        vocabularies: list[Vocabulary | None] = []
+        vocabularies: list[MappedVocabulary | None] = []
         for feature in schema.sparse:
             if feature.hash_buckets:
                 vocabularies.append(None)
                 continue
             path = folder / "vocabulary" / feature.vocabulary
-            vocabulary = Vocabulary.read(path)
+            vocabulary = MappedVocabulary(path)
             vocabularies.append(vocabulary)
-            ids = vocabulary.ids
-            if ids.min(initial=0) < 0 or not feature.takes_ids_below(int(ids.max(initial=-1)) + 1):
+            lowest, highest = vocabulary.ids_range
+            if lowest < 0 or not feature.takes_ids_below(highest + 1):
                 raise UserError(
-                    f"{path} is damaged: its ids are {ids.min()} … {ids.max()}, and the table of "
+                    f"{path} is damaged: its ids are {lowest} … {highest}, and the table of "
                     f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
                     "train the run again."
                 )
@@ -190,13 +237,14 @@ class Encoder:
             Values, (n, F), and whether a row has one for each feature, (n,).
         """
         values = np.empty(ids.shape, np.uint32)
-        whole = np.ones(len(ids), np.bool_)
+        known = np.ones(len(ids), np.bool_)
         for index, (feature, vocabulary) in enumerate(
             zip(self._features, self._vocabularies, strict=True)
         ):
-            values[:, index], found = values_of_ids(feature, vocabulary, ids[:, index])
-            whole &= found
-        return values, whole
+            whole = None if vocabulary is None else Vocabulary.joined(vocabulary.parts)
+            values[:, index], found = values_of_ids(feature, whole, ids[:, index])
+            known &= found
+        return values, known
 
     def encode(
         self, values: npt.NDArray[np.uint32]

@@ -630,7 +630,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--save-onnx",
             False,
-            "Write the final model as ONNX into RUN/bundle, as `dlrm export` does.",
+            "Write the final model as ONNX into RUN/bundle, as `dlrm export --format onnx` does.",
         ),
         Flag("--inference-only", False, "Test --load-model once, without training."),
         Flag(
