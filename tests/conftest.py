@@ -105,7 +105,7 @@ def served(small_bundle: Path) -> Iterator[Server]:
     """A server of ``small_bundle`` in a process of its own."""
     from dlrm.loadtest.server import own_server
 
-    with own_server(small_bundle) as server:
+    with own_server(small_bundle, options="--drain-seconds 0") as server:
         yield server
 
 

@@ -17,6 +17,7 @@ import mmap
 import multiprocessing
 import re
 import selectors
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -210,6 +211,7 @@ class Clients:
 
 def _run(pipe: Connection, target: Target, payloads: Payloads, position: int) -> None:
     """Offer what comes through a pipe, until it is closed; what a client process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; whoever started this ends it
     # epoll, which is the default, rounds times up to milliseconds.
     loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
     asyncio.set_event_loop(loop)
@@ -218,7 +220,7 @@ def _run(pipe: Connection, target: Target, payloads: Payloads, position: int) ->
     while True:
         try:
             asked = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         pipe.send(loop.run_until_complete(load.run(asked)))
 
