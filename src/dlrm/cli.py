@@ -113,9 +113,9 @@ class StackDistances:
     """Write the stack distances of a DATASET's ids, from which `dlrm generate` draws others.
 
     How many distinct ids of a feature are accessed between two accesses to the same one tells how
-    well caches work. FILES is a name with a j in it, which stands for the number of the feature,
-    from 0: dist_emb_j.log. They are in the reference's format, without any row of the data, but
-    with the ids that occur.
+    well caches work. FILES is a name in which a j alone stands for the place of the feature among
+    --features, from 0: dist_emb_j.log. They are in the reference's format, without any row of the
+    data, but with the ids that occur.
     """
 
     dataset: tyro.conf.Positional[Path]
@@ -129,6 +129,8 @@ class StackDistances:
     padding: bool = False
     """Count more new ids than there are, as many as an access at the largest distance has accesses
     on average: for columns in which few are new."""
+    overwrite: bool = False
+    """Replace files that are there."""
 
     def execute(self) -> None:
         """Measure and print where the files are."""
@@ -140,6 +142,7 @@ class StackDistances:
             split=self.split,
             features=self.features,
             padding=self.padding,
+            overwrite=self.overwrite,
         )
         _print_json({name: str(path) for name, path in written.items()})
 
@@ -756,6 +759,8 @@ class Convert:
     prepared of them."""
     checkpoint: Literal["best", "newest"] = "best"
     """Of a RUN, which checkpoint: the best on validation, or the newest."""
+    overwrite: bool = False
+    """Replace a .pt that is there. (A RUN never is replaced.)"""
 
     def execute(self) -> None:
         """Convert and print what there was."""
@@ -768,8 +773,17 @@ class Convert:
                     "what --data, --qr-operation, --max-ind-range and the loss say. Leave them "
                     "away."
                 )
-            _print_json(export_checkpoint(self.source, self.target, self.checkpoint))
+            _print_json(
+                export_checkpoint(
+                    self.source, self.target, self.checkpoint, overwrite=self.overwrite
+                )
+            )
             return
+        if self.checkpoint != "best" or self.overwrite:
+            raise UserError(
+                f"{self.source} is no folder, so a .pt becomes a RUN, which is never replaced: "
+                "--checkpoint and --overwrite are of the other way. Leave them away."
+            )
         if self.data is None:
             raise UserError(
                 f"name the DATASET that {self.source} was trained on with --data, or the .npz "

@@ -141,8 +141,8 @@ class GenerateConfig:
     rand_data_sigma: float = 1.0
     """Standard deviation of gaussian."""
     data_trace_file: str = ""
-    """What `dlrm stack-distances` wrote; j in the file's name stands for the table's number, from
-    0."""
+    """What `dlrm stack-distances` wrote; a j alone in the file's name stands for the table's
+    number, from 0."""
     data_trace_enable_padding: bool = False
     """Once all ids of a trace have occurred, draw none anew: each id repeats a recent one."""
     soft_labels: bool = False
@@ -165,6 +165,7 @@ class GenerateConfig:
             f"--num-embeddings: expected at least one table of 1 … 2**31-1 rows; got {sizes}",
         )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        self._refuse_idle()
         if self.data_generation == "synthetic":
             require(
                 self.data_trace_file != "",
@@ -184,10 +185,32 @@ class GenerateConfig:
                 f"{self.rand_data_sigma} and {self.rand_data_mu}",
             )
 
+    def _refuse_idle(self) -> None:
+        for needed, value, names in (
+            ("data_generation", "synthetic", ("data_trace_file", "data_trace_enable_padding")),
+            ("data_generation", "random", ("rand_data_dist",)),
+            ("rand_data_dist", "gaussian", _OF_GAUSSIAN),
+        ):
+            for name in names:
+                require(
+                    getattr(self, needed) == value
+                    or getattr(self, name) == getattr(GenerateConfig, name),
+                    f"--{name.replace('_', '-')} goes with --{needed.replace('_', '-')} {value}; "
+                    f"got {getattr(self, needed)}",
+                )
+        require(
+            self.num_batches == 0 or self.data_size == GenerateConfig.data_size,
+            "--data-size and --num-batches (of --mini-batch-size rows) both tell how many training "
+            f"rows there are; got {self.data_size} and {self.num_batches}. Give one of them",
+        )
+
     @property
     def train_rows(self) -> int:
         """Training rows, whichever option tells."""
         return self.num_batches * self.mini_batch_size or self.data_size
+
+
+_OF_GAUSSIAN = ("rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma")
 
 
 @dataclass(frozen=True)
@@ -618,6 +641,11 @@ class TrainConfig:
         for name in ("target_auc", "target_accuracy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
+            require(
+                value == 0 or self.test_freq >= 0,
+                f"--{name.replace('_', '-')} is looked at in evaluations while training, and with "
+                "--test-freq -1 there is none; leave one of them away",
+            )
         require(
             size_bytes(self.evaluation_memory, "--evaluation-memory") >= MINIMUM_MEMORY,
             f"--evaluation-memory must be at least 32MiB; got {self.evaluation_memory}",
@@ -947,7 +975,7 @@ def read_table(text: str) -> TableConfig:
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(f"--tables {text}: {error}. Correct the value.") from error
+        raise UserError(f"--tables {text}: {_told(error, TableConfig)}. Correct it.") from error
 
 
 def table_text(table: TableConfig) -> str:
@@ -1060,7 +1088,24 @@ def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T
     try:
         return complete(msgspec.convert(content, kind))
     except msgspec.ValidationError as error:
-        raise UserError(f"{source}: {error}. Correct the value.") from error
+        raise UserError(f"{source}: {_told(error, kind)}. Correct the value.") from error
+
+
+def _told(error: msgspec.ValidationError, kind: Any) -> str:
+    """Return what is wrong with a value, and where there are few the choices, which msgspec omits.
+
+    Args:
+        error: Its message ends in the value's place, as `$.model.tables[0].variant`.
+        kind: The dataclass that is the root.
+    """
+    place = re.search(r"`\$\.([^`]*)`$", str(error))
+    for name in re.findall(r"[a-z_]\w*", place[1] if place else ""):
+        kind = typing.get_type_hints(kind)[name]
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is not Literal:
+        return str(error)
+    return f"{error}; expected one of {', '.join(map(str, typing.get_args(kind)))}"
 
 
 def complete(config: T) -> T:

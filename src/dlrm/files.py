@@ -49,6 +49,45 @@ def environment_faults(action: str) -> Iterator[None]:
         ) from error
 
 
+def free_bytes(target: Path) -> int:
+    """Return the free space of the disk on which something will lie, whose folder may not exist.
+
+    Raises:
+        EnvironmentFaultError: The disk fails.
+    """
+    folder = target.absolute().parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    with environment_faults(f"write to {folder}"):
+        return shutil.disk_usage(folder).free
+
+
+def refuse_small_disk(target: Path, needed: int) -> None:
+    """Refuse to begin what a disk has no room for.
+
+    Args:
+        target: What is to be made.
+        needed: About how many bytes it takes meanwhile.
+
+    Raises:
+        EnvironmentFaultError: Fewer are free; or the disk fails.
+    """
+    free = free_bytes(target)
+    if free < needed:
+        raise EnvironmentFaultError(
+            f"{target} needs about {size_text(needed)} of disk while it is made, and "
+            f"{size_text(free)} are free there. Free some space, or choose another place."
+        )
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for a reader: 15.7 kB, 3.1 MB, 7.2 GB."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if size >= length:
+            return f"{size / length:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

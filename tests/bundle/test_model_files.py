@@ -169,8 +169,11 @@ def test_probabilities_are_clamped_as_in_training(runtime: Callable[..., Runtime
     np.testing.assert_allclose(found, expected(model, batch, loss_threshold=0.4), atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tables": EVERY_KIND}], ids=["whole", "every kind"])
-@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [({}, 32), ({"tables": EVERY_KIND}, 32), ({"tables": EVERY_KIND}, 8), ({}, 4)],
+    ids=["whole", "every kind", "every kind, 8 bits", "whole, 4 bits"],
+)
 def test_weights_lie_in_one_file_under_their_names(
     changes: dict[str, Any], bits: int, tmp_path: Path
 ) -> None:
@@ -221,8 +224,7 @@ def test_numbers_of_their_bytes_in_onnx(kind: type[np.floating[Any]], tmp_path: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bits", [32, 4])
-@pytest.mark.parametrize("one_id", [False, True])
+@pytest.mark.parametrize(("bits", "one_id"), [(32, False), (4, True)])
 def test_what_is_compiled_gives_the_models_probabilities(
     bits: int, one_id: bool, tmp_path: Path
 ) -> None:
@@ -230,7 +232,6 @@ def test_what_is_compiled_gives_the_models_probabilities(
     write_weights(weights, model)
     path = tmp_path / "compiled.pt2"
     compile_program(path, exported_program(model, LossConfig(), one_id=one_id))
-    assert path.stat().st_size < 1 << 20
     run = open_compiled(path, weights)
     for rows, longest in ((300, 1), (1, 1), (64, 1 if one_id else 5), (7, 0)):
         batch = make_batch(rows, longest)

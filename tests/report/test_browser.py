@@ -87,6 +87,17 @@ def test_nothing_is_wider_than_the_window(view: Any) -> None:
     )
 
 
+def test_in_a_wide_window_no_table_is_cut(view: Any) -> None:
+    if view.viewport_size["width"] < 1280:
+        pytest.skip("tables scroll in narrow windows")
+    cut = view.evaluate(
+        "() => [...document.querySelectorAll('section > .scroll, section > div > .scroll')]"
+        ".filter(box => box.scrollWidth > box.clientWidth)"
+        ".map(box => [box.ariaLabel, box.scrollWidth, box.clientWidth])"
+    )
+    assert cut == []
+
+
 def test_no_label_is_cut_or_lies_on_another(view: Any) -> None:
     for figure in view.evaluate(TEXTS):
         texts = figure["texts"]

@@ -9,6 +9,7 @@ Notation: B rows, F sparse features, N ids, D embedding_dim.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,15 +256,20 @@ def missing_compiler() -> str:
 
 def compile_program(path: Path, program: ExportedProgram) -> None:
     """Compile a program, by AOTInductor, for processors like this one; without its weights."""
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs={"aot_inductor.package_constants_in_so": False},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of its own calls
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
 
 
 def open_compiled(path: Path, weights: Path) -> Callable[..., Tensor]:
     """Open what ``compile_program`` wrote, with weights mapped from a safetensors file."""
     compiled = torch._inductor.aoti_load_package(str(path))
-    compiled.load_constants(load_file(weights), check_full_update=True, user_managed=True)
+    stored = load_file(weights)
+    # Those of one number are in the code.
+    constants = {name: stored[name] for name in compiled.get_constant_fqns()}
+    compiled.load_constants(constants, check_full_update=True, user_managed=True)
     return compiled
