@@ -50,7 +50,7 @@ def serving(answer: Callable[[int], bytes]) -> Iterator[int]:
             writer.close()
 
     loop = asyncio.new_event_loop()
-    server = loop.run_until_complete(asyncio.start_server(connected, "127.0.0.1", 0))
+    server = loop.run_until_complete(asyncio.start_server(connected, "127.0.0.1", 0, backlog=1000))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     yield server.sockets[0].getsockname()[1]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, Rows
-from dlrm.data.vocabulary import Vocabulary
+from dlrm.data.vocabulary import Vocabulary, values_of_ids
 from dlrm.loadtest.client import Payloads
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 from dlrm.serve.messages import MESSAGES
@@ -64,7 +64,7 @@ def sample_sizes(count: int, generator: np.random.Generator) -> npt.NDArray[np.i
 
 
 def stored_rows(data: Dataset, folder: Path, count: int, generator: np.random.Generator) -> RawRows:
-    """Return rows of a DATASET's test split in any order, as they were before preparation.
+    """Return rows of a DATASET's test split in any order, as before preparation, or encoded alike.
 
     Args:
         data: The DATASET.
@@ -80,16 +80,10 @@ def stored_rows(data: Dataset, folder: Path, count: int, generator: np.random.Ge
     values = np.empty((count, len(data.schema.sparse)), np.uint32)
     for column, feature in enumerate(data.schema.sparse):
         ids = rows.sparse[:, column]
-        if feature.hash_buckets:  # which values there were nobody knows
-            values[:, column] = generator.integers(1, 2**32, count)
-            continue
-        vocabulary = Vocabulary.read(folder / "vocabulary" / feature.vocabulary)
-        by_id = np.empty(len(vocabulary), np.uint32)
-        by_id[vocabulary.ids] = vocabulary.values
-        # Ids without a value of their own stand for values that were never seen.
-        has_value = (ids >= 0) & (ids < len(by_id))
-        unseen = generator.integers(1, 2**32, count, dtype=np.uint32)
-        values[:, column] = np.where(has_value, by_id[np.where(has_value, ids, 0)], unseen)
+        vocabulary = None
+        if not feature.hash_buckets:
+            vocabulary = Vocabulary.read(folder / "vocabulary" / feature.vocabulary)
+        values[:, column], _ = values_of_ids(feature, vocabulary, ids)
     return RawRows(rows.dense.astype(np.int32), values)
 
 
