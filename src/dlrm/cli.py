@@ -25,12 +25,14 @@ import tyro
 from dlrm.config import (
     Amp,
     BaselineConfig,
+    BenchServeConfig,
     BenchTrainConfig,
     ConvertConfig,
     DeviceKind,
     GenerateConfig,
     PrepareConfig,
     QuantizationConfig,
+    ServeConfig,
     SynthesizeConfig,
     TableConfig,
     TrainConfig,
@@ -571,6 +573,35 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP and gRPC, by the Open Inference Protocol.
+
+    Raw or prepared rows in, click probabilities out; /metrics for Prometheus. When requests are
+    first answered, the addresses are printed. SIGHUP loads the model anew, and SIGTERM ends the
+    server when all that was accepted is answered. It takes three packages: pip install
+    'dlrm[serve]'.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """What `dlrm train` made; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
+    options: Annotated[ServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ServeConfig
+    )
+
+    def execute(self) -> None:
+        """Serve until a signal comes."""
+        try:
+            from dlrm.serve.supervisor import serve
+        except ImportError as error:
+            raise UserError(
+                f"dlrm serve takes packages that are not installed ({error}): pip install "
+                "'dlrm[serve]'"
+            ) from error
+
+        serve(self.model, self.options)
+
+
+@dataclass(frozen=True)
 class Report:
     """Write one HTML page about a run, of a DLRM or a baseline, that any browser shows offline.
 
@@ -670,6 +701,45 @@ class BenchTrain:
 
 
 @dataclass(frozen=True)
+class BenchServe:
+    """Measure how long a server's answers take over the load that is offered to it.
+
+    Starts `dlrm serve MODEL`, or goes to one that runs (--url). First the server is saturated,
+    which is MLPerf's Offline scenario; then requests come at random times that wait for no answer,
+    at rising rates, its Server scenario; then the highest rate within each limit is searched for,
+    and confirmed by a longer run. Latency counts from the time a request was due.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """The BUNDLE or RUN that is served; requests are made of its vocabularies."""
+    options: Annotated[BenchServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=BenchServeConfig
+    )
+    dataset: Path | None = None
+    """The DATASET whose test rows are asked for; by default rows are made up of the values in the
+    model's vocabularies."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    picture: Path | None = None
+    """Draw latency over load into this file, a .svg, .png or .pdf."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.loadtest.bench import bench_serve
+        from dlrm.loadtest.picture import draw_latency, refuse_format
+
+        if self.picture is not None:
+            refuse_format(self.picture)
+        result = bench_serve(self.model, self.options, self.dataset)
+        if self.picture is not None:
+            draw_latency(result, self.picture)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
+
+
+@dataclass(frozen=True)
 class Convert:
     """Turn the reference implementation's .pt into a RUN, or a RUN into such a .pt.
 
@@ -750,11 +820,18 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
     "export": (Export, "write a run's model as a BUNDLE, to use anywhere"),
+    "serve": (Serve, "serve a model over HTTP and gRPC"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
-    "bench": (BenchTrain, "measure training: `dlrm bench train`"),
+    "bench": (BenchTrain, "measure training or a server: `dlrm bench train|serve`"),
     "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
+}
+
+
+_BENCHES: dict[str, tuple[type[Any], str]] = {
+    "train": (BenchTrain, "training beside its matrix multiplications"),
+    "serve": (BenchServe, "a server's latency over the load offered to it"),
 }
 
 
@@ -826,10 +903,13 @@ def parse(arguments: Sequence[str]) -> Command:
     if verb == "bench":
         stage, *rest = rest or [""]
         if stage in ("-h", "--help"):
-            rest = ["--help"]
-        elif stage != "train":
-            raise UserError(f"`dlrm bench` measures one stage, train; got {stage!r}.")
-        verb = "bench train"
+            sys.stdout.write(_bench_overview())
+            sys.exit(0)
+        if stage not in _BENCHES:
+            raise UserError(
+                f"`dlrm bench` measures one stage, {' or '.join(_BENCHES)}; got {stage!r}."
+            )
+        kind, verb = _BENCHES[stage][0], f"bench {stage}"
     command: Command = tyro.cli(
         kind,
         prog=f"dlrm {verb}",
@@ -900,6 +980,15 @@ def _overview() -> str:
         "A first run on made-up data:\n"
         "  dlrm synthesize data --rows 100000\n"
         "  dlrm run data my-run\n"
+    )
+
+
+def _bench_overview() -> str:
+    stages = "\n".join(f"  {stage:<15} {text}" for stage, (_, text) in _BENCHES.items())
+    return (
+        "usage: dlrm bench STAGE [OPTIONS]\n\n"
+        f"Measure a stage:\n{stages}\n\n"
+        "`dlrm bench STAGE --help` tells its options.\n"
     )
 
 

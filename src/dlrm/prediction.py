@@ -61,6 +61,9 @@ class Predictor:
         model: In evaluation mode.
         encoder: Raw values to ids; None: they are not known.
         path: The RUN or BUNDLE, for messages.
+
+    Attributes:
+        scorer: Of batches that are known to fit the schema.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Predictor:
         self.model = model
         self.encoder = encoder
         self._path = path
-        self._scorer = Scorer(model, config.loss, config.amp)
+        self.scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
         """Return the click probability of each row, (n,).
@@ -103,7 +106,18 @@ class Predictor:
             UserError: A shape or type does not fit the model, or an id is out of its range.
         """
         check_batch(batch, self.schema)
-        return self._scorer(batch)
+        return self.scorer(batch)
+
+    def encode(
+        self, values: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Return the ids of raw sparse values, and how many are unknown: see ``Encoder.encode``.
+
+        Raises:
+            UserError: There are no vocabularies.
+        """
+        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
+        return encoder.encode(values)
 
     def predict_rows(
         self, dense: npt.NDArray[np.int32], values: npt.NDArray[np.uint32]
@@ -120,14 +134,13 @@ class Predictor:
         Raises:
             UserError: There are no vocabularies.
         """
-        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
-        ids, unknown = encoder.encode(values)
+        ids, unknown = self.encode(values)
         step = self.config.evaluation_batch_size
         parts = [np.zeros(0, np.float32)]
         for start in range(0, len(dense), step):
             rows = slice(start, start + step)
             batch = make_batch(self.schema, dense[rows], ids[rows], None)
-            parts.append(self._scorer(batch))
+            parts.append(self.scorer(batch))
         return np.concatenate(parts), unknown
 
 
