@@ -94,7 +94,7 @@ def commands(raw_rows: Path, dataset: Path, trained: Path) -> dict[str, list[Any
 MIDST = {
     "dlrm prepare": "before replace .*/part-train",
     "dlrm evaluate": "before score",
-    "dlrm predict": "amid write .*csv",
+    "dlrm predict": "before replace .*journal",
 }
 """Elsewhere after the sixth step."""
 

@@ -25,6 +25,7 @@ import tyro
 from dlrm.config import (
     Amp,
     BaselineConfig,
+    BenchPredictConfig,
     BenchTrainConfig,
     ConvertConfig,
     DeviceKind,
@@ -666,6 +667,39 @@ class BenchTrain:
 
 
 @dataclass(frozen=True)
+class BenchPredict:
+    """Measure prediction beside its ceilings: preparation of rows alone, and scoring alone.
+
+    From INPUT, which the system caches, into a file in a folder for temporary files. Preparation is
+    parsing and encoding; scoring takes encoded rows that lie in memory. All use all cores, and are
+    measured in turn.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """What `dlrm train` made."""
+    input: tyro.conf.Positional[Path]
+    """Raw rows, as `dlrm predict` takes them."""
+    options: Annotated[BenchPredictConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=BenchPredictConfig
+    )
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.bench_predict import bench_predict
+
+        result = bench_predict(self.model, self.input, self.options)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
+
+
+_BENCHES: dict[str, type[Any]] = {"train": BenchTrain, "predict": BenchPredict}
+
+
+@dataclass(frozen=True)
 class Convert:
     """Turn the reference implementation's .pt into a RUN, or a RUN into such a .pt.
 
@@ -737,7 +771,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "export": (Export, "write a run's model as ONNX, for other programs"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
-    "bench": (BenchTrain, "measure training: `dlrm bench train`"),
+    "bench": (BenchTrain, "measure a stage: `dlrm bench train`, `dlrm bench predict`"),
     "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
@@ -811,10 +845,12 @@ def parse(arguments: Sequence[str]) -> Command:
     if verb == "bench":
         stage, *rest = rest or [""]
         if stage in ("-h", "--help"):
-            rest = ["--help"]
-        elif stage != "train":
-            raise UserError(f"`dlrm bench` measures one stage, train; got {stage!r}.")
-        verb = "bench train"
+            stage, rest = "train", ["--help"]
+        elif stage not in _BENCHES:
+            raise UserError(
+                f"`dlrm bench` measures one stage: {' or '.join(_BENCHES)}; got {stage!r}."
+            )
+        kind, verb = _BENCHES[stage], f"bench {stage}"
     command: Command = tyro.cli(
         kind,
         prog=f"dlrm {verb}",

@@ -715,6 +715,23 @@ class BenchTrainConfig:
 
 
 @dataclass(frozen=True)
+class BenchPredictConfig:
+    """What ``dlrm bench predict`` measures."""
+
+    rows: int = 500_000
+    """Of the input the first so many, or all it has; encoded, they have to fit into memory."""
+    rounds: int = 5
+    """How often prediction and its ceilings are measured in turn; the medians are the result."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("rows", "rounds"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name} must be at least 1; got {value}")
+
+
+@dataclass(frozen=True)
 class BaselineConfig:
     """What ``dlrm baseline`` trains in a DLRM's place."""
 

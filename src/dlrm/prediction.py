@@ -161,6 +161,7 @@ def load(
             "evaluation (`dlrm train --resume` goes on with it; what was saved since is called "
             "newest), or the name is not one of best and newest."
         )
+    run.warn_if_unfinished()
     encoder = Encoder.open(run.path, run.schema) if run.schema.encodes_values else None
     model = run.load_model(checkpoint, open_device(device, local_rank))
     config = run.config if amp is None else replace(run.config, amp=amp)
