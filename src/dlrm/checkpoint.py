@@ -134,6 +134,16 @@ def verify(path: Path) -> str:
     return checksum
 
 
+def checksum_of(path: Path) -> str:
+    """Return the checksum that a checkpoint says it has; empty where format 1.1 had none yet.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    with _open(path) as file:
+        return str((file.metadata() or {}).get("sha256", ""))
+
+
 def load_weights(path: Path, model: DLRM, *, verified: bool = False) -> None:
     """Copy a checkpoint's weights into a model.
 

@@ -28,6 +28,8 @@ T = TypeVar("T")
 Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
 Amp = Literal["O0", "O1"]
+InputFormat = Literal["auto", "criteo", "csv", "parquet"]
+OutputFormat = Literal["auto", "csv", "parquet", "arrow"]
 EmbeddingVariant = Literal["full", "qr", "md"]
 QrOperation = Literal["mult", "add", "concat"]
 QrInitialValues = Literal["small", "reference"]
@@ -738,6 +740,23 @@ class BenchTrainConfig:
         )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
         require(self.local_rank >= 0, f"--local-rank must not be negative; got {self.local_rank}")
+
+
+@dataclass(frozen=True)
+class BenchPredictConfig:
+    """What ``dlrm bench predict`` measures."""
+
+    rows: int = 500_000
+    """Of the input the first so many, or all it has; encoded, they have to fit into memory."""
+    rounds: int = 5
+    """How often prediction and its ceilings are measured in turn; the medians are the result."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("rows", "rounds"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name} must be at least 1; got {value}")
 
 
 @dataclass(frozen=True)
