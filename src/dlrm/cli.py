@@ -596,7 +596,7 @@ class Serve:
     """
 
     model: tyro.conf.Positional[Path]
-    """What `dlrm train` made; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
+    """A BUNDLE or RUN; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
     options: Annotated[ServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=ServeConfig
     )

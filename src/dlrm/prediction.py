@@ -87,17 +87,6 @@ class Predictor:
         check_batch(batch, self.schema)
         return self._scorer(batch)
 
-    def encode(
-        self, values: npt.NDArray[np.uint32]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Return the ids of raw sparse values, and how many are unknown: see ``Encoder.encode``.
-
-        Raises:
-            UserError: There are no vocabularies.
-        """
-        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
-        return encoder.encode(values)
-
     def predict_rows(
         self, dense: npt.NDArray[np.int32], values: npt.NDArray[np.uint32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
