@@ -30,7 +30,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 interrupted = importlib.import_module("interrupted")
 
-from dlrm import cli, device, evaluation  # noqa: E402
+from dlrm import cli, comparison, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
@@ -194,6 +194,13 @@ def set_up(request: dict[str, Any]) -> list[Events]:
             return scorer(*arguments)
 
         evaluation.Scorer = scorer_watched  # type: ignore[assignment,misc]
+        compare_rows = comparison.compare_rows
+
+        def compare_watched(*arguments: Any, **options: Any) -> Any:
+            fault("before", "compare", "")
+            return compare_rows(*arguments, **options)
+
+        comparison.compare_rows = compare_watched
     if told:
         watch(request["run"], told)
     return listeners

@@ -13,12 +13,12 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,8 @@ from dlrm.progress import progress
 from dlrm.version import __version__
 
 logger = logging.getLogger("dlrm")
+T = TypeVar("T")
+R = TypeVar("R")
 
 FIRST_SUBMISSION_ID = 60000000
 """The Id of the first row of Criteo's test.txt in a Kaggle submission."""
@@ -107,10 +109,10 @@ def predict_file(
     output_format = find_format(output, output_format)
     with open_input(source, predictor.schema, input_format) as opened:
         if output == PIPE:
-            return _Prediction(predictor, opened, output_format, first_id).into_pipe()
+            return Prediction(predictor, opened, output_format, first_id).into_pipe()
         _refuse_output(source, output, overwrite=overwrite)
         with locked(output, "output"):
-            prediction = _Prediction(predictor, opened, output_format, first_id)
+            prediction = Prediction(predictor, opened, output_format, first_id)
             return prediction.into_file(output)
 
 
@@ -121,22 +123,33 @@ def score(predictor: Predictor, blocks: Iterator[RawRows]) -> Iterator[ScoredRow
         predictor: The model.
         blocks: The rows; each is taken through the model by one thread, where it can be.
     """
-    threads = torch.get_num_threads() if predictor.scores_alone else 1
-    with lone_threads(threads, alone=predictor.scores_alone) as pool:
-        scoring: deque[tuple[RawRows, Future[Any]]] = deque()
-        for block in blocks:
-            scoring.append((block, pool.submit(predictor.predict_rows, block.dense, block.sparse)))
-            while len(scoring) > threads + 1 or (scoring and scoring[0][1].done()):
-                yield _scored(*scoring.popleft())
-        while scoring:
-            yield _scored(*scoring.popleft())
+
+    def work(rows: RawRows) -> ScoredRows:
+        return ScoredRows(rows, *predictor.predict_rows(rows.dense, rows.sparse))
+
+    return in_threads(blocks, work, alone=predictor.scores_alone)
 
 
-def _scored(rows: RawRows, scoring: Future[Any]) -> ScoredRows:
-    return ScoredRows(rows, *scoring.result())
+def in_threads(items: Iterable[T], work: Callable[[T], R], *, alone: bool = True) -> Iterator[R]:
+    """Do something with each of many items, on all threads of PyTorch, in order.
+
+    Args:
+        items: They are taken as threads become free; few are held at a time.
+        work: What to do.
+        alone: Whether a thread does it alone; else one does it after the other, each with all.
+    """
+    threads = torch.get_num_threads() if alone else 1
+    with lone_threads(threads, alone=alone) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            while len(waiting) > threads + 1 or (waiting and waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-class _Prediction:
+class Prediction:
     """One prediction: of which model, of what, into which format."""
 
     def __init__(

@@ -131,8 +131,9 @@ class Work:
             for file in (self._probabilities, self._labels):
                 file.flush()
                 os.fsync(file.fileno())
-        self.journal = replace(self.journal, complete=complete)
-        write_json(self.folder / "journal.json", self.journal)
+        journal = replace(self.journal, complete=complete)
+        write_json(self.folder / "journal.json", journal)
+        self.journal = journal
         self._saved = time.monotonic()
 
     def read(

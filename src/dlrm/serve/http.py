@@ -14,6 +14,7 @@ from aiohttp import web
 
 from dlrm.config import size_bytes
 from dlrm.serve.access import AccessLog
+from dlrm.serve.card import page
 from dlrm.serve.protocol import RefusedError, read_http, write_http, wrong
 from dlrm.serve.service import Service, Stopwatch, log_failure
 
@@ -148,6 +149,25 @@ class Http:
         """Refuse to be without a model."""
         raise wrong("the model is not unloaded: the server has no other. End the server instead.")
 
+    async def page(self, request: web.BaseRequest, found: dict[str, str]) -> web.Response:
+        """A page for people."""
+        shown = page()
+        headers = {
+            "Content-Security-Policy": shown.policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
+        response = web.Response(
+            body=shown.content, content_type="text/html", charset="utf-8", headers=headers
+        )
+        response.enable_compression()
+        return response
+
+    async def card(self, request: web.BaseRequest, found: dict[str, str]) -> web.Response:
+        """What the page shows of the model."""
+        return _answer(self._service.find(self._service.config.model_name, "").card)
+
     async def metrics(self, request: web.BaseRequest, found: dict[str, str]) -> web.Response:
         """What Prometheus asks for."""
         text, kind = self._service.metrics.text()
@@ -167,6 +187,8 @@ _ROUTES: tuple[tuple[str, str, str, Handler], ...] = (
     ("POST", rf"/v2/repository/models/{_NAME}/load", "load", Http.load),
     ("POST", rf"/v2/repository/models/{_NAME}/unload", "unload", Http.unload),
     ("GET", r"/metrics", "metrics", Http.metrics),
+    ("GET", r"/", "page", Http.page),
+    ("GET", r"/card", "card", Http.card),
 )
 """HTTP's method, the path, the name in metrics, and what answers."""
 _COMPILED = [(verb, re.compile(path), name, of) for verb, path, name, of in _ROUTES]

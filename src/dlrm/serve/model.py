@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dlrm.bundles import BUNDLE, is_bundle
 from dlrm.data.batch import Batch, make_batch
 from dlrm.data.vocabulary import Encoder
 from dlrm.model.score import Scorer
 from dlrm.prediction import Predictor, load
+from dlrm.serve.card import Card, read_card
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import RawRows, Reader, Rows
 
@@ -47,14 +49,18 @@ class ServedModel:
         name: What clients call it.
         version: Another for another content.
         most_rows: Of a request.
+        card: What people are told of it.
 
     Attributes:
         schema: Its features.
     """
 
-    def __init__(self, predictor: Predictor, name: str, version: str, most_rows: int) -> None:
+    def __init__(
+        self, predictor: Predictor, name: str, version: str, most_rows: int, card: Card
+    ) -> None:
         self.name = name
         self.version = version
+        self.card = card
         self.reader = Reader(predictor.schema, most_rows)
         self._encoder = predictor.encoder
         self._scorer = Scorer(predictor.model, predictor.config.loss, predictor.config.amp)
@@ -64,15 +70,23 @@ class ServedModel:
         self._one_id = np.array([not feature.multi_hot for feature in schema.sparse])
 
     @staticmethod
-    def load(path: Path, name: str, most_rows: int) -> ServedModel:
-        """Load a RUN.
+    def load(path: Path, name: str, most_rows: int, *, verified: bool = False) -> ServedModel:
+        """Load a BUNDLE or a RUN.
+
+        Args:
+            path: The folder.
+            name: What clients call it.
+            most_rows: Of a request.
+            verified: Its checksums were compared already.
 
         Raises:
             UserError: It is missing or damaged.
             EnvironmentFaultError: Memory ran out.
         """
-        predictor = load(path)
-        return ServedModel(predictor, name, _version(path), most_rows)
+        predictor = load(path, verified=verified)
+        version = _version(path)
+        card = read_card(path, predictor, name, version)
+        return ServedModel(predictor, name, version, most_rows, card)
 
     def refuse_other(self, name: str, version: str) -> None:
         """Refuse another name or version; an empty version is any.
@@ -182,7 +196,12 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 
 
 def _version(path: Path) -> str:
-    """Return what tells a RUN from others: a digest of its schema and its checkpoint's header."""
+    """Return what tells a model from others.
+
+    A digest of all of a BUNDLE; of a RUN of its schema and its checkpoint's header.
+    """
+    if is_bundle(path):
+        return hashlib.sha256((path / BUNDLE).read_bytes()).hexdigest()[:12]
     digest = hashlib.sha256((path / "schema.json").read_bytes())
     with open(path / "checkpoints" / "best.safetensors", "rb") as file:
         length = int.from_bytes(file.read(8), "little")
