@@ -47,15 +47,15 @@ struct Bags {
 // y[p][r] = sum over k of matrix[r][k] x[p][k] (+ bias[r]); then where relu, max(·, 0); where mask,
 // 0 wherever mask[p][r] <= 0.
 struct Linear {
-  const float* matrix;  // (out, in), or where transposed, (in, out)
-  const float* bias;    // (out), or nullptr
-  const float* mask;    // (panels, out), or nullptr
-  const float* x;       // (panels, in)
-  float* y;             // (panels, out)
+  const float* matrix;            // (out, in), or where transposed, (in, out)
+  const float* bias = nullptr;    // (out)
+  const float* mask = nullptr;    // (panels, out)
+  const float* x;                 // (panels, in)
+  float* y;                       // (panels, out)
   int64_t in;
   int64_t out;
-  bool relu;
-  bool transposed;
+  bool relu = false;
+  bool transposed = false;
 };
 
 // One fully connected layer's parameters and what its update needs, for weight_update.

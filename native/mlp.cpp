@@ -80,8 +80,13 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
   const auto linear = [&](size_t l, int64_t panel) {
     const auto [weight, bias, in, out] = layers[l];
     const float* from = l == 0 ? input : output[l - 1];
-    return Linear{weight, bias, nullptr, from + panel * in * width, output[l] + panel * out * width,
-                  in,     out,  relu_last || l + 1 < layers.size(), false};
+    return Linear{.matrix = weight,
+                  .bias = bias,
+                  .x = from + panel * in * width,
+                  .y = output[l] + panel * out * width,
+                  .in = in,
+                  .out = out,
+                  .relu = relu_last || l + 1 < layers.size()};
   };
   const int64_t wanted = columns.empty() ? rows : panels * width;  // columns take whole panels
   if (columns.empty() && panels < at::get_num_threads()) {  // few rows: share out the outputs
@@ -136,15 +141,13 @@ void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList 
       const auto [mask, from, to] = steps[l];
       if (!to) continue;
       const int64_t in = layers[l].in, out = layers[l].out;
-      const Linear backward{layers[l].weight,
-                            nullptr,
-                            mask ? mask + begin * in * width : nullptr,
-                            from + begin * out * width,
-                            to + begin * in * width,
-                            out,
-                            in,
-                            false,
-                            true};
+      const Linear backward{.matrix = layers[l].weight,
+                            .mask = mask ? mask + begin * in * width : nullptr,
+                            .x = from + begin * out * width,
+                            .y = to + begin * in * width,
+                            .in = out,
+                            .out = in,
+                            .transposed = true};
       kernel.linear(backward, 0, in, end - begin, panels * width);
     }
   });

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from dlrm.loadtest.server import Server
 
 # Before anything imports torch: the reference's golden figures were computed with MKL's AVX2 code.
 # That for AVX-512 rounds otherwise, and Adagrad makes whole steps of gradients that are nothing but
 # rounding errors: its losses then differ by a per cent after some tens of steps.
 os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+
+# Where a logger of its has a handler, as all have in a test, torch.export writes a log of each step
+# that takes longer than the rest.
+logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +79,56 @@ def dataset(raw_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(raw_rows, folder, PrepareConfig())
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundle(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BUNDLE of a small model of ``dataset``, which takes raw rows; do not change it."""
+    from dlrm.bundle.export import export
+    from dlrm.config import ModelConfig, OptimizerConfig, TrainConfig
+    from dlrm.training.begin import train
+
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"dense_arch_layer_sizes": (16, 4), "over_arch_layer_sizes": (16, 1)}
+    config = TrainConfig(
+        model=ModelConfig(embedding_dim=4, **sizes),
+        optimizer=OptimizerConfig("adagrad", 0.02),
+        test_freq=-1,
+    )
+    train(dataset, folder / "run", config)
+    export(folder / "run", folder / "bundle", format="onnx")  # which is quicker than torch
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def served(small_bundle: Path) -> Iterator[Server]:
+    """A server of ``small_bundle`` in a process of its own."""
+    from dlrm.loadtest.server import own_server
+
+    with own_server(small_bundle, options="--drain-seconds 0") as server:
+        yield server
+
+
+# Not of the session: while Playwright drives one, its event loop counts as the thread's.
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser, driven by Playwright.
+
+    Tests with it are skipped where there is none; with DLRM_TEST_BROWSER=required, as in continuous
+    integration, they fail.
+    """
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        message = "there is no Chromium: apt-get install chromium"
+        if os.environ.get("DLRM_TEST_BROWSER") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+    with playwright.sync_playwright() as driver:
+        # In a container Chromium's own sandbox often cannot be made; the pages are ours.
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ def store(
     return run
 
 
+def store_few(run: Path, labels: list[int], probabilities: list[float]) -> Path:
+    return store(run, np.array(labels, np.bool_), np.array(probabilities))
+
+
 def opened(runs: list[Path]) -> list[Predictions]:
     return [Predictions.open(run / "predictions" / "test.arrow", "test") for run in runs]
 
@@ -208,6 +212,51 @@ def test_two_seeds_give_no_verdict_but_a_stated_noise_does(tmp_path: Path) -> No
     wide = compare(runs[:2], runs[2:], seed_noise=1.0, seed_noise_log_loss=1.0)
     assert {each.conclusion for each in wide.differences} == {"no difference beyond noise"}
     assert len(wide.verdict) == 2
+
+
+def test_seeds_with_equal_metrics_tell_nothing_of_the_noise(tmp_path: Path) -> None:
+    """Of 4 rows: all of a side have the same AUC, 1 or 3/4, with other probabilities."""
+    labels = [0, 0, 1, 1]
+    sides = [
+        [
+            store_few(tmp_path / f"{side}{run}", labels, [0.1, second, third + run / 100, 0.8])
+            for run in range(3)
+        ]
+        for side, second, third in (("right", 0.3, 0.5), ("wrong", 0.6, 0.5))
+    ]
+    comparison = compare(*sides)
+    auc, losses = comparison.differences
+    assert auc.difference == 0.25
+    assert auc.over_seeds
+    assert math.isnan(auc.over_seeds.p)
+    assert auc.conclusion == "not known"
+    assert comparison.verdict[0].startswith("AUC, A1…A3 against B1…B3: none, since the runs of")
+    assert losses.conclusion == "lower"
+    # Of one side alone, Welch's test takes the other's noise.
+    labels = [0, 0, 1, 1, 1]
+    one = [
+        store_few(tmp_path / f"one{run}", labels, [0.1, 0.2, 0.5, 0.6, 0.7 + run / 100])
+        for run in range(3)
+    ]
+    other = [
+        store_few(tmp_path / f"other{run}", labels, [0.55, each, 0.5, 0.6, 0.7])
+        for run, each in enumerate((0.2, 0.56, 0.65))
+    ]
+    auc = compare(one, other).differences[0]
+    assert auc.over_seeds
+    # One side has no variance, so that it is the other's test of a mean (df 2) against 1.
+    expected = stats.ttest_1samp([5 / 6, 4 / 6, 3 / 6], 1)
+    assert auc.over_seeds.p == pytest.approx(expected.pvalue)
+
+
+def test_what_is_undefined_or_equal_is_said(tmp_path: Path) -> None:
+    runs = [store_few(tmp_path / str(run), [0, 0, 0], [0.1, 0.2, 0.3]) for run in range(2)]
+    comparison = compare(runs)
+    assert comparison.verdict[0] == (
+        "AUC, A against B: none, since it is undefined where all labels are equal."
+    )
+    assert comparison.verdict[1].startswith("No verdict about the recipes can be given from the lo")
+    assert comparison.notes == ("A and B predict the same for every row.",)
 
 
 def test_the_first_is_compared_with_each_of_the_others(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ REFERENCE = (
     "--arch-sparse-feature-size=2 --arch-mlp-bot=13-2 --arch-mlp-top=1 --loss-function=bce "
     "--data-generation=dataset --mini-batch-size=64 --test-freq=15 --print-freq=10"
 ).split()
-NAMES = {"DATASET": "set.dataset", "RUN": "run", "OUTPUT": "out.csv"}
+NAMES = {
+    "DATASET": "set.dataset",
+    "RUN": "run",
+    "OUTPUT": "out.csv",
+    "BUNDLE": "bundle",
+    "PAGE": "page.html",
+    "FILE": "ids_0.log",
+    "NEXT": "ids_1.log",
+}
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,15 @@ class Line:
 
 def read_lines() -> list[Line]:
     lines: list[Line] = []
-    command = ""
+    commands: list[str] = []
     for row in re.findall(r"^\| (?!command)(.*) \|$", PAGE.read_text(), re.MULTILINE):
         first, causes, statuses, left, to_go_on = (cell.strip(" `") for cell in row.split("|"))
-        command = first or command
-        names = re.findall(r"`([^`]+)`", f"`{left}`" if left[:1] in ".DRO" else "")
+        commands = re.findall("dlrm [a-z-]+", first) or commands
+        names = re.findall(r"`([^`]+)`", f"`{left}`" if left != "nothing" else "")
         for cause, status in zip(causes.split(", "), statuses.split(", "), strict=True):
-            lines.append(Line(command, cause, int(status), tuple(names), to_go_on))
+            lines += [
+                Line(command, cause, int(status), tuple(names), to_go_on) for command in commands
+            ]
     return lines
 
 
@@ -53,10 +64,23 @@ LINES = read_lines()
 
 def test_the_table_has_every_command_and_every_cause() -> None:
     causes = ["SIGINT", "SIGTERM", "SIGKILL", "disk full", "out of memory"]
-    commands = ["prepare", "train", "evaluate", "predict", "run", "reference"]
-    assert [(line.command, line.cause.partition(" (")[0]) for line in LINES] == [
-        (f"dlrm {command}", cause) for command in commands for cause in causes
+    commands = [
+        *(
+            "prepare",
+            "train",
+            "evaluate",
+            "compare",
+            "predict",
+            "export",
+            "run",
+            "reference",
+            "generate",
+        ),
+        *("stack-distances", "convert", "baseline", "report", "visualize"),
     ]
+    assert sorted((line.command, line.cause.partition(" (")[0]) for line in LINES) == sorted(
+        (f"dlrm {command}", cause) for command in commands for cause in causes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +97,25 @@ def trained(warm: Any, dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def commands(raw_rows: Path, dataset: Path, trained: Path) -> dict[str, list[Any]]:
+def exported(warm: Any, trained: Path) -> Path:
+    path = trained.parent / "model.pt"
+    assert warm(run=trained, command=["convert", str(trained), str(path)]).status == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def commands(
+    raw_rows: Path, dataset: Path, trained: Path, exported: Path, tmp_path_factory: Any
+) -> dict[str, list[Any]]:
     """By name, with OUT for the folder that they write to."""
+    copied = tmp_path_factory.mktemp("copied") / "run"
+    shutil.copytree(trained, copied)
     return {
         "dlrm prepare": ["prepare", raw_rows, "OUT/set.dataset"],
         "dlrm train": ["train", dataset, "--run", "OUT/run", *TRAINING],
         "dlrm evaluate": ["evaluate", trained],
         "dlrm predict": ["predict", trained, raw_rows / "test.txt", "OUT/out.csv"],
+        "dlrm export": ["export", trained, "OUT/bundle", "--format", "onnx"],
         "dlrm run": ["run", raw_rows, "OUT/run", *TRAINING],
         "dlrm reference": [
             "reference",
@@ -88,6 +124,20 @@ def commands(raw_rows: Path, dataset: Path, trained: Path) -> dict[str, list[Any
             "--processed-data-file=OUT/set.npz",
             "--run=OUT/run",
         ],
+        "dlrm generate": ["generate", "OUT/set.dataset", "--data-size", 2000],
+        "dlrm stack-distances": [
+            *("stack-distances", dataset, "OUT/ids_j.log", "--features", "cat_2", "cat_3"),
+        ],
+        "dlrm convert": ["convert", exported, "OUT/run", "--data", dataset],
+        "dlrm baseline": [
+            *("baseline", dataset, "--run", "OUT/run", "--model", "logistic", "--passes", 2),
+        ],
+        "dlrm compare": ["compare", trained, copied],
+        "dlrm report": ["report", trained, "--output", "OUT/page.html", "--importance-rows", 0],
+        "dlrm visualize": [
+            *("visualize", trained, "--output", "OUT/page.html", "--features", "cat_2"),
+            *("--values", 12),
+        ],
     }
 
 
@@ -95,6 +145,14 @@ MIDST = {
     "dlrm prepare": "before replace .*/part-train",
     "dlrm evaluate": "before score",
     "dlrm predict": "before replace .*journal",
+    "dlrm export": r"amid write .*model\.safetensors",
+    "dlrm generate": "amid write .*arrow",
+    "dlrm stack-distances": "amid write .*ids_1",
+    "dlrm convert": "amid write .*safetensors",
+    "dlrm baseline": "amid write .*arrow",
+    "dlrm compare": "before compare",
+    "dlrm report": "amid write .*html",
+    "dlrm visualize": "amid write .*html",
 }
 """Elsewhere after the sixth step."""
 
@@ -135,12 +193,12 @@ def ask(warm: Any, command: list[Any], out: Path, **request: Any) -> Any:
 
 def outcome(out: Path, said: str) -> dict[str, bytes]:
     """All that a command comes to but for times, hardware and places."""
-    kinds = (".arrow", ".csv", ".safetensors", ".npz")
+    kinds = (".arrow", ".csv", ".safetensors", ".npz", ".log")
     files = {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
         # A signal has a checkpoint saved beside those that are due.
-        if path.suffix in kinds and not path.name.startswith("step-")
+        if (path.suffix in kinds or path.name == "page.html") and not path.name.startswith("step-")
     }
     return files or {"said": said.encode()}
 
@@ -155,10 +213,19 @@ OVERLAPPING = [line for line in LINES if line.command == "dlrm train"]
 """Of which also what happens if a copy is written while training goes on."""
 
 
+def is_slow(line: Line) -> bool:
+    """Whether it takes seconds and is much like a line that is tested every day."""
+    slow = ("dlrm baseline", "dlrm report", "dlrm visualize")
+    return line.command in slow and line.cause != "SIGKILL"
+
+
 @pytest.mark.parametrize(
     ("line", "overlap"),
     [
-        *(pytest.param(line, False, id=str(line)) for line in LINES),
+        *(
+            pytest.param(line, False, id=str(line), marks=[pytest.mark.long] * is_slow(line))
+            for line in LINES
+        ),
         *(pytest.param(line, True, id=f"{line}-overlapping") for line in OVERLAPPING),
     ],
 )
@@ -193,7 +260,9 @@ def test_a_line(
         expected.append(name)
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
 
-    if line.to_go_on != "the same command":
+    if "--overwrite" in line.to_go_on:
+        command = [*command, "--overwrite"]
+    elif line.to_go_on != "the same command":
         command = [word.replace("RUN", "OUT/run") for word in line.to_go_on.split()[1:]]
     if line.command in WAY_ON and not killed:
         way_on = WAY_ON[line.command].replace("RUN", str(out / "run"))

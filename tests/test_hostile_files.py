@@ -32,8 +32,8 @@ from dlrm.model.dlrm import DLRM
 from dlrm.reference.checkpoint import convert, read_checkpoint
 from dlrm.runs import open_run
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature, read_schema, write_schema
+from hostile_headers import HEADERS, HUGE
 
-HUGE = 1 << 40
 MODEL = ModelConfig(embedding_dim=2, dense_arch_layer_sizes=(2,), over_arch_layer_sizes=(1,))
 SCHEMA = FeatureSchema("y", (DenseFeature("a"),), (SparseFeature("b", 3),), "made-up", "none")
 
@@ -61,24 +61,6 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-HEADERS: dict[str, dict[str, Any]] = {
-    "a huge shape": {"t": {"dtype": "F32", "shape": [HUGE, 16], "data_offsets": [0, 24]}},
-    "an overflowing shape": {"t": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 0]}},
-    "huge offsets": {"t": {"dtype": "F32", "shape": [HUGE], "data_offsets": [0, 4 * HUGE]}},
-    "a negative offset": {"t": {"dtype": "F32", "shape": [3, 2], "data_offsets": [-24, 0]}},
-    "a negative shape": {"t": {"dtype": "F32", "shape": [-3, -2], "data_offsets": [0, 24]}},
-    "offsets that fall": {"t": {"dtype": "F32", "shape": [3, 2], "data_offsets": [24, 0]}},
-    "what overlaps": {
-        "t": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]},
-        "u": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
-    },
-    "a gap": {
-        "t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-        "u": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
-    },
-}
 
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
@@ -194,6 +176,14 @@ def test_a_part_outside_the_dataset(dataset: Path, tmp_path: Path, name: str) ->
     shutil.copy(folder / "train/part-00000.arrow", tmp_path / "outside.arrow")
     edit(folder / "manifest.json", lambda it: it["splits"]["train"]["parts"][0].update(file=name))
     with pytest.raises(UserError, match="cannot be a part of train"):
+        Dataset.open(folder)
+
+
+@pytest.mark.parametrize("clicks", [HUGE, -1])
+def test_clicks_of_more_rows_than_there_are(dataset: Path, tmp_path: Path, clicks: int) -> None:
+    folder = copied(dataset, tmp_path / "dataset")
+    edit(folder / "manifest.json", lambda it: it["splits"]["train"].update(clicks=clicks))
+    with pytest.raises(UserError, match=rf"is damaged: {clicks} clicks in the 2\d\d\d rows of the"):
         Dataset.open(folder)
 
 

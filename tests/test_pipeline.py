@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import dlrm
+from dlrm.bundle import export as exporting
 from dlrm.config import ModelConfig, PrepareConfig, TrainConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.pipeline import run_all
@@ -81,3 +85,37 @@ def test_a_small_disk_ends_it_before_it_begins(
     ):
         run_all(raw_rows, tmp_path / "run", PrepareConfig(), TINY)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_made_once(
+    raw_rows: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "mine").touch()
+    with pytest.raises(UserError, match="bundle is there already, and is not overwritten"):
+        run_all(raw_rows, run, PrepareConfig(), TINY, bundle=bundle)
+    assert not run.exists()
+    (bundle / "mine").unlink()
+    # Tracing a program takes seconds.
+    monkeypatch.setattr(exporting, "export", functools.partial(exporting.export, format="onnx"))
+    with caplog.at_level(logging.INFO, "dlrm"):
+        run_all(raw_rows, run, PrepareConfig(), TINY, bundle=bundle)
+    assert caplog.messages[4] == f"  5. export into {bundle}"
+    assert caplog.messages[-1].startswith(f"exported into {bundle}; probabilities of 214 rows")
+    table = {f"int_{i}": [1] for i in range(13)} | {f"cat_{i}": ["00000000"] for i in range(26)}
+    assert dlrm.load(bundle).predict(table).tolist() == dlrm.load(run).predict(table).tolist()
+    before = (bundle / "bundle.json").stat()
+    with caplog.at_level(logging.INFO, "dlrm"):
+        run_all(raw_rows, run, PrepareConfig(), TINY, bundle=bundle)
+    assert caplog.messages[-1] == f"exported into {bundle} already"
+    assert (bundle / "bundle.json").stat() == before
+    other = replace(TINY, max_steps=3)
+    with pytest.raises(UserError, match="bundle is there already, and is not overwritten"):
+        run_all(raw_rows, tmp_path / "other", PrepareConfig(), other, bundle=bundle)
+    run_all(raw_rows, tmp_path / "other", PrepareConfig(), other)
+    with pytest.raises(UserError, match="bundle is a bundle of another checkpoint than the best"):
+        run_all(raw_rows, tmp_path / "other", PrepareConfig(), other, bundle=bundle)

@@ -117,6 +117,7 @@ def test_an_unknown_id_is_an_empty_bag_and_is_counted(
     summary = predict_file(predictor, tmp_path / "row.txt", tmp_path / "out.csv")
     assert summary.unknown_ids == {"cat_3": 1}
     # The same as a model whose row for the known value is zero.
+    assert predictor.encoder
     ids, _ = predictor.encoder.encode(block.sparse[:1])
     table = predictor.model.sparse_arch.split(predictor.model.sparse_arch.arena.detach())[3]
     if ids[0, 3] >= 0:

@@ -36,14 +36,15 @@ def open_arrow(path: Path, *, mapped: bool = False) -> Iterator[Any]:
 
     Args:
         path: The file.
-        mapped: Map it into memory; what is made of its batches keeps it mapped.
+        mapped: Map it into memory, which processes share and which is not read before it is looked
+            at; the file must not change. What is made of its batches keeps it mapped.
 
     Raises:
         pyarrow.ArrowInvalid: The file is damaged, or holds what none of ours does.
         EnvironmentFaultError: The disk fails.
         OSError: It cannot be read for another reason.
     """
-    with environment_faults(f"read {path}"), _open(path, mapped) as file:
+    with environment_faults(f"read {path}"), _opened(path, mapped=mapped) as file:
         try:
             _refuse_compressed(file)
         except (struct.error, ValueError) as error:  # pa.ArrowInvalid is a ValueError too
@@ -51,8 +52,8 @@ def open_arrow(path: Path, *, mapped: bool = False) -> Iterator[Any]:
         yield pa.ipc.open_file(file)
 
 
-def _open(path: Path, mapped: bool) -> Any:
-    return pa.memory_map(str(path), "r") if mapped else pa.OSFile(str(path))
+def _opened(path: Path, *, mapped: bool) -> Any:
+    return pa.memory_map(str(path)) if mapped else pa.OSFile(str(path))
 
 
 def _refuse_compressed(file: Any) -> None:

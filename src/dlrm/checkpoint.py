@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import safetensors
@@ -52,7 +53,13 @@ class CheckpointInfo:
     format_version: str = FORMAT_VERSION
 
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+"""What safetensors calls the types of weights, and of the codes of quantized tables."""
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo) -> str:
@@ -72,7 +79,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: CheckpointI
     return write_safetensors(
         path,
         {
-            name: (_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes)
+            name: (DTYPES[tensor.dtype], tensor.shape, tensor.nbytes)
             for name, tensor in tensors.items()
         },
         map(tensor_bytes, tensors.values()),
@@ -153,29 +160,39 @@ def load_weights(path: Path, model: DLRM, *, verified: bool = False) -> None:
         verify(path)
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     with _open(path) as file:
-        found = {
-            name: tuple(file.get_slice(name).get_shape())
-            for name in file.keys()
-            if name.startswith("model.")
-        }
-        for name in sorted(expected.keys() | found.keys()):
-            shape = tuple(expected[name].shape) if name in expected else "no such tensor"
-            if found.get(name, "no such tensor") != shape:
-                raise UserError(
-                    f"{path} is a checkpoint of another architecture: {name} is expected to have "
-                    f"shape {shape}, got {found.get(name, 'no such tensor')}. Use the model "
-                    "options and the DATASET that it was trained with."
-                )
-        for name, tensor in expected.items():
-            stored, dtype = file.get_slice(name).get_dtype(), _DTYPES[tensor.dtype]
-            if stored != dtype:
-                raise UserError(
-                    f"{path} stores {name} as {stored}, expected {dtype}. Use the "
-                    "--embedding-dtype that it was trained with."
-                )
+        if difference := first_difference(file, expected, "model."):
+            raise UserError(
+                f"{path} is a checkpoint of another architecture: {difference}. Use the model "
+                "options, the --embedding-dtype among them, and the DATASET that it was trained "
+                "with."
+            )
         with torch.no_grad():
             for name, tensor in expected.items():
                 tensor.copy_(file.get_tensor(name))
+
+
+def first_difference(file: Any, expected: Mapping[str, Tensor], prefix: str = "") -> str:
+    """Tell the first tensor of a safetensors file that is not as expected; empty: all are.
+
+    Args:
+        file: Opened by ``safetensors.safe_open``.
+        expected: By name, tensors of the right shape and type.
+        prefix: Tensors whose names begin otherwise are left alone.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for name in file.keys():
+        if name.startswith(prefix):
+            part = file.get_slice(name)
+            found[name] = tuple(part.get_shape()), part.get_dtype()
+    for name in sorted(expected.keys() | found.keys()):
+        tensor = expected.get(name)
+        shape = "no such tensor" if tensor is None else tuple(tensor.shape)
+        got, dtype = found.get(name, ("no such tensor", ""))
+        if got != shape:
+            return f"{name} is expected to have shape {shape}, got {got}"
+        if tensor is not None and dtype != DTYPES[tensor.dtype]:
+            return f"{name} is expected to be stored as {DTYPES[tensor.dtype]}, got {dtype}"
+    return ""
 
 
 def load_optimizer_state(path: Path) -> dict[str, Tensor]:
@@ -189,6 +206,10 @@ def load_optimizer_state(path: Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> safetensors.safe_open:
+    if path.is_dir():
+        inside = path / "checkpoints" / "newest.safetensors"
+        hint = f"{inside}, for instance" if inside.exists() else "in a RUN's checkpoints folder"
+        raise UserError(f"{path} is a folder. Name the file of a checkpoint: {hint}.")
     if not path.exists():
         raise UserError(
             f"{path} does not exist. Check the path; a run that was interrupted before its first "

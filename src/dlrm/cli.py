@@ -26,6 +26,7 @@ from dlrm.config import (
     Amp,
     BaselineConfig,
     BenchPredictConfig,
+    BenchServeConfig,
     BenchTrainConfig,
     ConvertConfig,
     DeviceKind,
@@ -34,6 +35,7 @@ from dlrm.config import (
     OutputFormat,
     PrepareConfig,
     QuantizationConfig,
+    ServeConfig,
     SynthesizeConfig,
     TableConfig,
     TrainConfig,
@@ -114,9 +116,9 @@ class StackDistances:
     """Write the stack distances of a DATASET's ids, from which `dlrm generate` draws others.
 
     How many distinct ids of a feature are accessed between two accesses to the same one tells how
-    well caches work. FILES is a name with a j in it, which stands for the number of the feature,
-    from 0: dist_emb_j.log. They are in the reference's format, without any row of the data, but
-    with the ids that occur.
+    well caches work. FILES is a name in which a j alone stands for the place of the feature among
+    --features, from 0: dist_emb_j.log. They are in the reference's format, without any row of the
+    data, but with the ids that occur.
     """
 
     dataset: tyro.conf.Positional[Path]
@@ -124,12 +126,14 @@ class StackDistances:
     files: tyro.conf.Positional[Path]
     """Where they go."""
     features: tuple[str, ...] = ()
-    """The sparse features, by name; by default all."""
+    """The sparse features, by name, in the order of the tables to be generated; by default all."""
     split: Split = "train"
     """Which rows, in their stored order."""
     padding: bool = False
     """Count more new ids than there are, as many as an access at the largest distance has accesses
     on average: for columns in which few are new."""
+    overwrite: bool = False
+    """Replace files that are there."""
 
     def execute(self) -> None:
         """Measure and print where the files are."""
@@ -141,6 +145,7 @@ class StackDistances:
             split=self.split,
             features=self.features,
             padding=self.padding,
+            overwrite=self.overwrite,
         )
         _print_json({name: str(path) for name, path in written.items()})
 
@@ -311,9 +316,9 @@ class Baseline:
 class Run:
     """From raw rows to a trained, evaluated model and its predictions.
 
-    Prepares SOURCE into a DATASET, trains and evaluates into RUN, and where a test.txt lies beside
-    train.txt, predicts it into RUN/submission.csv. A plan is printed first. Interrupted, the same
-    command goes on where it stopped.
+    Prepares SOURCE into a DATASET, trains and evaluates into RUN, where a test.txt lies beside
+    train.txt, predicts it into RUN/submission.csv, and if asked to exports a BUNDLE. A plan is
+    printed first. Interrupted, the same command goes on where it stopped.
     """
 
     source: tyro.conf.Positional[Path]
@@ -327,13 +332,17 @@ class Run:
     """Where the DATASET goes, or lies already; by default RUN/dataset."""
     shuffle: Literal["none", "day", "total", "reference", "reference-day"] = "total"
     """Stored order of the training rows, as for `dlrm prepare`."""
+    export: Path | None = None
+    """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
         """Run all stages and print the result."""
         from dlrm.pipeline import run_all
 
         prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
-        _print_json(run_all(self.source, self.run, prepare_config, self.options, self.dataset))
+        _print_json(
+            run_all(self.source, self.run, prepare_config, self.options, self.dataset, self.export)
+        )
 
 
 @dataclass(frozen=True)
@@ -531,40 +540,78 @@ class Predict:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's model for other programs, as ONNX.
+    """Write a run's model as a BUNDLE: a folder that scores raw rows, here and elsewhere.
 
-    FOLDER gets model.onnx, of plain operators, and model.onnx.data with the weights where these
-    take more than 512 MiB. Its inputs are what the model's are: dense features after their
-    transform, ids of all rows' bags with their offsets. It appears when onnxruntime gives the
-    model's probabilities with it, on rows of the run's DATASET or made-up ones.
+    With dlrm installed it needs nothing else: schema, vocabularies, weights and examples are in it,
+    with checksums. A model file of plain operators is for other programs, which give it dense
+    features after their transform, and ids of all rows' bags with their offsets. BUNDLE appears
+    when both give the model's probabilities, on rows of the run's DATASET or made-up ones.
     """
 
     run: tyro.conf.Positional[Path]
     """What `dlrm train` made."""
-    folder: tyro.conf.Positional[Path]
+    bundle: tyro.conf.Positional[Path]
     """The folder to make."""
-    format: Literal["onnx"] = "onnx"
-    """What to write."""
+    format: Literal["torch", "onnx"] = "torch"
+    """The model file. torch: model.pt2, for torch.export.load; onnx: model.onnx."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     one_id: bool = False
-    """Take one id a feature, a matrix, -1 for none, instead of bags of any length."""
+    """The model file takes one id a feature, a matrix, -1 for none, instead of bags of any
+    length."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Of the embedding tables: integers, with a scale and a bias a row."""
+    compile: bool = False
+    """With --format torch, also write compiled.pt2: compiled by AOTInductor for processors like
+    this one. It takes a C++ compiler."""
     dataset: Path | None = None
     """Where the run's DATASET is now; by default where it was."""
 
     def execute(self) -> None:
-        """Export and print what was written, and the largest difference."""
+        """Export and print what was written, and the largest differences."""
         from dlrm.bundle.export import export
 
         _print_json(
             export(
                 self.run,
-                self.folder,
+                self.bundle,
+                format=self.format,
                 checkpoint=self.checkpoint,
                 one_id=self.one_id,
+                quantize=self.quantize,
+                compile=self.compile,
                 dataset=self.dataset,
             )
         )
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP and gRPC, by the Open Inference Protocol.
+
+    Raw or prepared rows in, click probabilities out; /metrics for Prometheus. When requests are
+    first answered, the addresses are printed. SIGHUP loads the model anew, and SIGTERM ends the
+    server when all that was accepted is answered. It takes three packages: pip install
+    'dlrm[serve]'.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """A BUNDLE or RUN; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
+    options: Annotated[ServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ServeConfig
+    )
+
+    def execute(self) -> None:
+        """Serve until a signal comes."""
+        try:
+            from dlrm.serve.supervisor import serve
+        except ImportError as error:
+            raise UserError(
+                f"dlrm serve takes packages that are not installed ({error}): pip install "
+                "'dlrm[serve]'"
+            ) from error
+
+        serve(self.model, self.options)
 
 
 @dataclass(frozen=True)
@@ -667,6 +714,45 @@ class BenchTrain:
 
 
 @dataclass(frozen=True)
+class BenchServe:
+    """Measure how long a server's answers take over the load that is offered to it.
+
+    Starts `dlrm serve MODEL`, or goes to one that runs (--url). First the server is saturated,
+    which is MLPerf's Offline scenario; then requests come at random times that wait for no answer,
+    at rising rates, its Server scenario; then the highest rate within each limit is searched for,
+    and confirmed by a longer run. Latency counts from the time a request was due.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """The BUNDLE or RUN that is served; requests are made of its vocabularies."""
+    options: Annotated[BenchServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=BenchServeConfig
+    )
+    dataset: Path | None = None
+    """The DATASET whose test rows are asked for; by default rows are made up of the values in the
+    model's vocabularies."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    picture: Path | None = None
+    """Draw latency over load into this file, a .svg, .png or .pdf."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.loadtest.bench import bench_serve
+        from dlrm.loadtest.picture import draw_latency, refuse_format
+
+        if self.picture is not None:
+            refuse_format(self.picture)
+        result = bench_serve(self.model, self.options, self.dataset)
+        if self.picture is not None:
+            draw_latency(result, self.picture)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
+
+
+@dataclass(frozen=True)
 class BenchPredict:
     """Measure prediction beside its ceilings: preparation of rows alone, and scoring alone.
 
@@ -696,9 +782,6 @@ class BenchPredict:
             sys.stdout.write(result.table())
 
 
-_BENCHES: dict[str, type[Any]] = {"train": BenchTrain, "predict": BenchPredict}
-
-
 @dataclass(frozen=True)
 class Convert:
     """Turn the reference implementation's .pt into a RUN, or a RUN into such a .pt.
@@ -719,6 +802,8 @@ class Convert:
     prepared of them."""
     checkpoint: Literal["best", "newest"] = "best"
     """Of a RUN, which checkpoint: the best on validation, or the newest."""
+    overwrite: bool = False
+    """Replace a .pt that is there. (A RUN never is replaced.)"""
 
     def execute(self) -> None:
         """Convert and print what there was."""
@@ -731,8 +816,17 @@ class Convert:
                     "what --data, --qr-operation, --max-ind-range and the loss say. Leave them "
                     "away."
                 )
-            _print_json(export_checkpoint(self.source, self.target, self.checkpoint))
+            _print_json(
+                export_checkpoint(
+                    self.source, self.target, self.checkpoint, overwrite=self.overwrite
+                )
+            )
             return
+        if self.checkpoint != "best" or self.overwrite:
+            raise UserError(
+                f"{self.source} is no folder, so a .pt becomes a RUN, which is never replaced: "
+                "--checkpoint and --overwrite are of the other way. Leave them away."
+            )
         if self.data is None:
             raise UserError(
                 f"name the DATASET that {self.source} was trained on with --data, or the .npz "
@@ -768,12 +862,20 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "compare": (Compare, "tell whether runs differ beyond noise"),
     "mlperf-check": (MlperfCheck, "check an MLPerf log against MLPerf's rules"),
     "predict": (Predict, "predict the click probability of raw rows"),
-    "export": (Export, "write a run's model as ONNX, for other programs"),
+    "export": (Export, "write a run's model as a BUNDLE, to use anywhere"),
+    "serve": (Serve, "serve a model over HTTP and gRPC"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
-    "bench": (BenchTrain, "measure a stage: `dlrm bench train`, `dlrm bench predict`"),
+    "bench": (BenchTrain, "measure training, prediction or a server: `dlrm bench train`"),
     "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
+}
+
+
+_BENCHES: dict[str, tuple[type[Any], str]] = {
+    "train": (BenchTrain, "training beside its matrix multiplications"),
+    "predict": (BenchPredict, "prediction beside preparation and scoring alone"),
+    "serve": (BenchServe, "a server's latency over the load offered to it"),
 }
 
 
@@ -845,12 +947,13 @@ def parse(arguments: Sequence[str]) -> Command:
     if verb == "bench":
         stage, *rest = rest or [""]
         if stage in ("-h", "--help"):
-            stage, rest = "train", ["--help"]
-        elif stage not in _BENCHES:
+            sys.stdout.write(_bench_overview())
+            sys.exit(0)
+        if stage not in _BENCHES:
             raise UserError(
-                f"`dlrm bench` measures one stage: {' or '.join(_BENCHES)}; got {stage!r}."
+                f"`dlrm bench` measures one stage, {' or '.join(_BENCHES)}; got {stage!r}."
             )
-        kind, verb = _BENCHES[stage], f"bench {stage}"
+        kind, verb = _BENCHES[stage][0], f"bench {stage}"
     command: Command = tyro.cli(
         kind,
         prog=f"dlrm {verb}",
@@ -921,6 +1024,15 @@ def _overview() -> str:
         "A first run on made-up data:\n"
         "  dlrm synthesize data --rows 100000\n"
         "  dlrm run data my-run\n"
+    )
+
+
+def _bench_overview() -> str:
+    stages = "\n".join(f"  {stage:<15} {text}" for stage, (_, text) in _BENCHES.items())
+    return (
+        "usage: dlrm bench STAGE [OPTIONS]\n\n"
+        f"Measure a stage:\n{stages}\n\n"
+        "`dlrm bench STAGE --help` tells its options.\n"
     )
 
 

@@ -172,7 +172,7 @@ def compare(
         seed_noise=noise,
         verdict=_verdict(differences),
         configuration=_differing(dict(zip(names, configurations, strict=True))),
-        notes=tuple(_notes(sides, names, configurations, predictions)),
+        notes=tuple(_notes(sides, names, configurations, predictions, paired)),
         loss_curves=_loss_curves(dict(zip(names, paths, strict=True))),
     )
 
@@ -294,8 +294,8 @@ def _welch(first: Sequence[float], second: Sequence[float]) -> Estimate:
     parts = [statistics.variance(side) / len(side) for side in (first, second)]
     difference = statistics.fmean(first) - statistics.fmean(second)
     error = math.sqrt(sum(parts))
-    if math.isnan(error) or error == 0:
-        return _normal(difference, error)
+    if not error > 0:  # undefined; or all equal, from which no noise can be estimated
+        return Estimate(math.nan, (math.nan, math.nan), math.nan)
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(side) - 1) for part, side in zip(parts, (first, second), strict=True)
     )
@@ -309,19 +309,30 @@ def _verdict(differences: Sequence[Difference]) -> tuple[str, ...]:
     """Return what can be said of recipes, and why, or how to be able to say it."""
     sentences = []
     for each in differences:
-        if each.over_seeds is None or each.conclusion == "not known":
+        about = f"{_LABELS[each.metric]}, {_side(each.first)} against {_side(each.second)}"
+        if math.isnan(each.difference):
+            sentences.append(f"{about}: none, since it is undefined where all labels are equal.")
+            continue
+        if each.over_seeds is None:
+            continue
+        if each.conclusion == "not known":
+            sentences.append(
+                f"{about}: none, since the runs of each side have exactly the same, from which the "
+                "noise of seeds cannot be estimated. Compare on more rows."
+            )
             continue
         low, high = each.over_seeds.interval
         what = (
-            f"{_LABELS[each.metric]}, {_side(each.first)} against {_side(each.second)}: "
-            f"{each.difference:+.5f} (95% interval {low:+.5f} to {high:+.5f}, "
+            f"{about}: {each.difference:+.5f} (95% interval {low:+.5f} to {high:+.5f}, "
             f"p {_p(each.over_seeds.p)})"
         )
         if each.conclusion == "no difference beyond noise":
             sentences.append(f"{what}, no difference beyond what another seed would give.")
         else:
             sentences.append(f"{what}, {each.conclusion}, beyond what another seed would give.")
-    unknown = [each for each in differences if each.over_seeds is None]
+    unknown = [
+        each for each in differences if each.over_seeds is None and not math.isnan(each.difference)
+    ]
     if unknown:
         metrics = {_LABELS[each.metric] for each in unknown}
         about = f" from the {' or '.join(sorted(metrics))}" if sentences else ""
@@ -334,10 +345,6 @@ def _verdict(differences: Sequence[Difference]) -> tuple[str, ...]:
             f"and by how much is not known from {few} run{'s' * (few != 1)} a side. Train each "
             f"recipe with {SEEDS} seeds or more (--seed 1, --seed 2, --seed 3) and compare A1 A2 "
             f"A3 --against B1 B2 B3; or state the standard deviation over seeds with {option}."
-        )
-    if not sentences:
-        sentences.append(
-            "No verdict about the recipes can be given: the metrics are undefined on these rows."
         )
     return tuple(sentences)
 
@@ -391,7 +398,13 @@ def _notes(
     names: Sequence[str],
     configurations: Sequence[dict[str, Any]],
     predictions: Sequence[Predictions],
+    paired: Paired,
 ) -> Iterator[str]:
+    for first, second in sides:
+        for one in first:
+            for other in second:
+                if paired.equal[one, other]:
+                    yield f"{names[one]} and {names[other]} predict the same for every row."
     for side in sides[0]:
         differing = _differing({names[at]: configurations[at] for at in side})
         differing.pop("seed", None)

@@ -143,8 +143,8 @@ class GenerateConfig:
     rand_data_sigma: float = 1.0
     """Standard deviation of gaussian."""
     data_trace_file: str = ""
-    """What `dlrm stack-distances` wrote; j in the file's name stands for the table's number, from
-    0."""
+    """What `dlrm stack-distances` wrote; a j alone in the file's name stands for the table's
+    number, from 0."""
     data_trace_enable_padding: bool = False
     """Once all ids of a trace have occurred, draw none anew: each id repeats a recent one."""
     soft_labels: bool = False
@@ -167,6 +167,7 @@ class GenerateConfig:
             f"--num-embeddings: expected at least one table of 1 … 2**31-1 rows; got {sizes}",
         )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 … 2**32-1; got {self.seed}")
+        self._refuse_idle()
         if self.data_generation == "synthetic":
             require(
                 self.data_trace_file != "",
@@ -186,10 +187,32 @@ class GenerateConfig:
                 f"{self.rand_data_sigma} and {self.rand_data_mu}",
             )
 
+    def _refuse_idle(self) -> None:
+        for needed, value, names in (
+            ("data_generation", "synthetic", ("data_trace_file", "data_trace_enable_padding")),
+            ("data_generation", "random", ("rand_data_dist",)),
+            ("rand_data_dist", "gaussian", _OF_GAUSSIAN),
+        ):
+            for name in names:
+                require(
+                    getattr(self, needed) == value
+                    or getattr(self, name) == getattr(GenerateConfig, name),
+                    f"--{name.replace('_', '-')} goes with --{needed.replace('_', '-')} {value}; "
+                    f"got {getattr(self, needed)}",
+                )
+        require(
+            self.num_batches == 0 or self.data_size == GenerateConfig.data_size,
+            "--data-size and --num-batches (of --mini-batch-size rows) both tell how many training "
+            f"rows there are; got {self.data_size} and {self.num_batches}. Give one of them",
+        )
+
     @property
     def train_rows(self) -> int:
         """Training rows, whichever option tells."""
         return self.num_batches * self.mini_batch_size or self.data_size
+
+
+_OF_GAUSSIAN = ("rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma")
 
 
 @dataclass(frozen=True)
@@ -620,6 +643,11 @@ class TrainConfig:
         for name in ("target_auc", "target_accuracy"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--{name.replace('_', '-')} must be in 0 … 1; got {value}")
+            require(
+                value == 0 or self.test_freq >= 0,
+                f"--{name.replace('_', '-')} is looked at in evaluations while training, and with "
+                "--test-freq -1 there is none; leave one of them away",
+            )
         require(
             size_bytes(self.evaluation_memory, "--evaluation-memory") >= MINIMUM_MEMORY,
             f"--evaluation-memory must be at least 32MiB; got {self.evaluation_memory}",
@@ -732,6 +760,152 @@ class BenchPredictConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """How ``dlrm serve`` serves a model."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every one of the machine."""
+    port: int = 8000
+    """For HTTP; 0: any that is free."""
+    grpc_port: int = 8001
+    """For gRPC; 0: any that is free; -1: no gRPC."""
+    model_name: str = "dlrm"
+    """What clients call the model."""
+    workers: int = 1
+    """Processes that answer, on the same ports, each with its share of the cores. They share the
+    tables."""
+    threads: int = 0
+    """Threads of a process that score, each a batch of its own; 0: one a core of its share."""
+    max_batch_rows: int = 1024
+    """Score at most so many rows together; requests that wait are taken together up to this."""
+    batch_wait_ms: float = 0.0
+    """Let a request wait so many milliseconds for others, though a thread is free. Whatever comes
+    while none is free is taken together anyway."""
+    max_queue_rows: int = 8192
+    """Refuse requests while so many rows wait in a process."""
+    max_request_rows: int = 4096
+    """The most rows of a request."""
+    max_body: str = "8MiB"
+    """The largest body of an HTTP request, unpacked, and the largest message of gRPC."""
+    max_connections: int = 1024
+    """The most open HTTP connections of a process, and the most calls of gRPC under way."""
+    read_timeout: float = 10.0
+    """Seconds in which the body of a request has to arrive."""
+    idle_timeout: float = 60.0
+    """Seconds after which a connection is closed on which no request arrives."""
+    request_timeout: float = 10.0
+    """Seconds after which a request that still waits to be scored is refused."""
+    drain_seconds: float = 1.0
+    """Seconds between SIGTERM, from which on the server says that it is not ready, and the time
+    when it takes no more connections: as long as a load balancer takes to notice."""
+    shutdown_timeout: float = 30.0
+    """Seconds after that in which accepted requests have to be answered."""
+    access_log: float = 0.0
+    """Share of the requests that are logged, as JSON lines on standard error: 0 none, 1 all.
+    Failures on our side are always logged."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name, least in (("port", 0), ("grpc_port", -1)):
+            value = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(least <= value < 1 << 16, f"{flag} must be in {least} … 65535; got {value}")
+        require(
+            self.port != self.grpc_port or self.port == 0,
+            f"--port and --grpc-port must differ; both are {self.port}",
+        )
+        require(
+            re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", self.model_name) is not None,
+            "--model-name must be 1 to 100 letters, digits and _.-, because it is part of "
+            f"addresses; got {self.model_name!r}",
+        )
+        for name in ("workers", "max_batch_rows", "max_request_rows", "max_queue_rows",
+                     "max_connections"):  # fmt: skip
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        require(self.threads >= 0, f"--threads must not be negative; got {self.threads}")
+        for name in ("read_timeout", "idle_timeout", "request_timeout", "shutdown_timeout"):
+            value = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(0 < value < math.inf, f"{flag} must be a positive number; got {value}")
+        require(
+            0 <= self.drain_seconds <= 3600,
+            f"--drain-seconds must be in 0 … 3600; got {self.drain_seconds}",
+        )
+        require(
+            0 <= self.batch_wait_ms <= 1000,
+            f"--batch-wait-ms must be in 0 … 1000; got {self.batch_wait_ms}",
+        )
+        require(0 <= self.access_log <= 1, f"--access-log must be in 0 … 1; got {self.access_log}")
+        size_bytes(self.max_body, "--max-body")
+
+
+@dataclass(frozen=True)
+class BenchServeConfig:
+    """What ``dlrm bench serve`` measures."""
+
+    scenario: Literal["server", "single"] = "server"
+    """server: requests of 100 to 700 rows, one user and candidates, with the sizes of MLPerf's
+    samples. single: requests of one row."""
+    protocol: Literal["http", "grpc"] = "http"
+    """How requests go."""
+    encoding: Literal["binary", "json"] = "binary"
+    """Whether tensors go as bytes, or as JSON; with gRPC, as raw or typed contents."""
+    user_share: float = 0.5
+    """Of samples, the share of features that are the user's, sent once a request: the first of
+    either kind. 0: every candidate has its own."""
+    rates: tuple[float, ...] = ()
+    """Requests a second to offer; by default 10% to 100% of what a saturated server answers."""
+    limits_ms: tuple[float, ...] = (30.0, 60.0)
+    """Search for the highest rate with 99% of the answers within so many milliseconds."""
+    seconds: float = 10.0
+    """Offer each rate so long."""
+    confirm_seconds: float = 60.0
+    """Offer a rate so long to confirm that it holds a limit."""
+    clients: int = 1
+    """Processes that offer load, outside the server's."""
+    url: str = ""
+    """HTTP address of a server that runs, such as http://localhost:8000; by default one is started,
+    and ended."""
+    grpc_port: int = 8001
+    """Of that server, for gRPC."""
+    model_name: str = "dlrm"
+    """What the server calls the model."""
+    server_options: str = ""
+    """More options of the server that is started, as `dlrm serve` takes them: "--workers 2"."""
+    seed: int = 123
+    """Of the rows and of the times of requests."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("seconds", "confirm_seconds"):
+            value = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(0 < value < math.inf, f"{flag} must be a positive number; got {value}")
+        for name in ("rates", "limits_ms"):
+            values = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            good = all(0 < value < math.inf for value in values)
+            require(good, f"{flag} must be positive numbers; got {values}")
+        require(len(self.limits_ms) > 0, "--limits-ms: name at least one limit")
+        require(
+            not (self.url and self.server_options),
+            "--server-options are for a server that is started, and --url names one that runs",
+        )
+        require(self.clients >= 1, f"--clients must be at least 1; got {self.clients}")
+        require(
+            0 <= self.user_share <= 1,
+            f"--user-share must be in 0 … 1; got {self.user_share}",
+        )
+        require(
+            0 < self.grpc_port < 1 << 16, f"--grpc-port must be in 1 … 65535; got {self.grpc_port}"
+        )
+        require(0 <= self.seed < 2**31, f"--seed must be in 0 … 2**31-1; got {self.seed}")
+
+
+@dataclass(frozen=True)
 class BaselineConfig:
     """What ``dlrm baseline`` trains in a DLRM's place."""
 
@@ -823,7 +997,7 @@ def read_table(text: str) -> TableConfig:
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(f"--tables {text}: {error}. Correct the value.") from error
+        raise UserError(f"--tables {text}: {_told(error, TableConfig)}. Correct it.") from error
 
 
 def table_text(table: TableConfig) -> str:
@@ -936,7 +1110,24 @@ def _from_builtins(content: Mapping[str, Any], kind: type[T], source: Path) -> T
     try:
         return complete(msgspec.convert(content, kind))
     except msgspec.ValidationError as error:
-        raise UserError(f"{source}: {error}. Correct the value.") from error
+        raise UserError(f"{source}: {_told(error, kind)}. Correct the value.") from error
+
+
+def _told(error: msgspec.ValidationError, kind: Any) -> str:
+    """Return what is wrong with a value, and where there are few the choices, which msgspec omits.
+
+    Args:
+        error: Its message ends in the value's place, as `$.model.tables[0].variant`.
+        kind: The dataclass that is the root.
+    """
+    place = re.search(r"`\$\.([^`]*)`$", str(error))
+    for name in re.findall(r"[a-z_]\w*", place[1] if place else ""):
+        kind = typing.get_type_hints(kind)[name]
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is not Literal:
+        return str(error)
+    return f"{error}; expected one of {', '.join(map(str, typing.get_args(kind)))}"
 
 
 def complete(config: T) -> T:

@@ -1,6 +1,6 @@
 """The one place that knows what devices there are and can do: cpu, cuda (NVIDIA), npu (Ascend).
 
-Not run on CUDA or NPU hardware yet; tested through stand-ins.
+Run on a CUDA card, with plain operators; not on NPU hardware yet, which stand-ins play in tests.
 """
 
 from __future__ import annotations

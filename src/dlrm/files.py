@@ -49,6 +49,45 @@ def environment_faults(action: str) -> Iterator[None]:
         ) from error
 
 
+def free_bytes(target: Path) -> int:
+    """Return the free space of the disk on which something will lie, whose folder may not exist.
+
+    Raises:
+        EnvironmentFaultError: The disk fails.
+    """
+    folder = target.absolute().parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    with environment_faults(f"write to {folder}"):
+        return shutil.disk_usage(folder).free
+
+
+def refuse_small_disk(target: Path, needed: int) -> None:
+    """Refuse to begin what a disk has no room for.
+
+    Args:
+        target: What is to be made.
+        needed: About how many bytes it takes meanwhile.
+
+    Raises:
+        EnvironmentFaultError: Fewer are free; or the disk fails.
+    """
+    free = free_bytes(target)
+    if free < needed:
+        raise EnvironmentFaultError(
+            f"{target} needs about {size_text(needed)} of disk while it is made, and "
+            f"{size_text(free)} are free there. Free some space, or choose another place."
+        )
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for a reader: 15.7 kB, 3.1 MB, 7.2 GB."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if size >= length:
+            return f"{size / length:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -152,10 +191,7 @@ def atomic_folder(path: Path, what: str) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     with locked(path, what):
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-            raise UserError(
-                f"{path} is there already, and is not overwritten. Choose another {what}."
-            )
+        refuse_taken_folder(path, what)
         with environment_faults(f"write to {path.parent}"):
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
@@ -167,6 +203,20 @@ def atomic_folder(path: Path, what: str) -> Iterator[Path]:
                 flush_folder(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_taken_folder(path: Path, what: str) -> None:
+    """Refuse the place of a folder where something is already, other than an empty folder.
+
+    Args:
+        path: The place.
+        what: What the folder would be, for messages.
+
+    Raises:
+        UserError: Naming the place.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} is there already, and is not overwritten. Choose another {what}.")
 
 
 def is_plain_name(name: str) -> bool:
@@ -198,6 +248,7 @@ def write_safetensors(
     metadata: Mapping[str, str],
     *,
     checksum: bool = False,
+    aligned: str = "",
 ) -> str:
     """Write a safetensors file; it appears complete or not at all.
 
@@ -211,6 +262,7 @@ def write_safetensors(
         metadata: Texts by name.
         checksum: Add to it ``sha256``, which ``verify_safetensors`` checks: of the whole file, with
             zeros where it stands itself.
+        aligned: The tensor that begins where a memory map of any system can begin.
 
     Returns:
         The checksum, if there is one.
@@ -226,7 +278,8 @@ def write_safetensors(
         start, end = end, end + size
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     encoded = msgspec.json.encode(header)
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    first = header[aligned]["data_offsets"][0] if aligned else 0
+    encoded += b" " * (-(8 + len(encoded) + first) % (_MAP_ALIGNMENT if aligned else 8))
     encoded = struct.pack("<Q", len(encoded)) + encoded
     digest = hashlib.sha256(encoded)
     with atomic_write(path) as file:
@@ -253,7 +306,25 @@ def write_safetensors(
 # quotes escaped.
 _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _ZEROS = "0" * 64
+_MAP_ALIGNMENT = 1 << 16
 _PIECE_BYTES = 1 << 20
+
+
+def safetensors_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where tensors lie in a safetensors file: by name, offset and bytes.
+
+    Args:
+        path: A file that the safetensors package could open, which checks that its header fits.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
+    places = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            places[name] = 8 + length + start, end - start
+    return places
 
 
 def verify_safetensors(path: Path) -> str:
@@ -290,7 +361,12 @@ def verify_safetensors(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a value that msgspec can encode, indented, atomically."""
     with atomic_write(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value that msgspec can encode as ``write_json`` writes it."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def read_json(path: Path, kind: type[T], what: str, *, if_missing: str = "") -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from dlrm.bundle.export import export_once, refuse_taken_bundle
 from dlrm.config import PrepareConfig, TrainConfig
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
@@ -24,8 +25,9 @@ def run_all(
     prepare_config: PrepareConfig,
     train_config: TrainConfig,
     dataset: Path | None = None,
+    bundle: Path | None = None,
 ) -> RunResult:
-    """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, write a report.
+    """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, report, export.
 
     Where there is no ``test.txt``, or an empty one, nothing is predicted.
 
@@ -37,15 +39,19 @@ def run_all(
         prepare_config: How rows become a DATASET.
         train_config: How to train.
         dataset: Where the DATASET goes, or lies already; None: ``RUN/dataset``.
+        bundle: The BUNDLE to make; None: none.
 
     Raises:
-        UserError: The input or an option is wrong, or RUN is taken, by another training too.
+        UserError: The input or an option is wrong, or RUN is taken, by another training too, or
+            BUNDLE by anything but this one.
         EnvironmentFaultError: The disk is too small or fails, or the device is missing.
         StoppedBySignalError: SIGINT or SIGTERM came while training.
     """
     refuse_another_training(
         run, train_config
     )  # what is taken is refused before the long work starts
+    if bundle:
+        refuse_taken_bundle(run, bundle)
     found = find_source(source, prepare_config)
     dataset = dataset or run / "dataset"
     test = found.files[0].path.with_name("test.txt")
@@ -54,6 +60,8 @@ def run_all(
     if predicts:
         stages.append(f"predict {test} into {run / 'submission.csv'}")
     stages.append(f"describe it in {run / 'report.html'}")
+    if bundle:
+        stages.append(f"export into {bundle}")
     for number, stage in enumerate(stages, start=1):
         logger.info("  %d. %s", number, stage)
     prepare(source, dataset, prepare_config)
@@ -66,4 +74,6 @@ def run_all(
         logger.info(
             "described the run in %s; with the importance of features: dlrm report RUN", report
         )
+        if bundle:
+            export_once(run, bundle)
     return result

@@ -12,7 +12,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
+from dlrm.bundles import BITS, Bundle, is_bundle
 from dlrm.checkpoint import checksum_of
 from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig
 from dlrm.data.batch import Batch, check_batch, make_batch
@@ -26,6 +28,8 @@ from dlrm.model.score import Scorer
 from dlrm.runs import Run, Which
 from dlrm.schema import FeatureSchema
 
+CPU = torch.device("cpu")
+
 
 class Predictor:
     """A trained model that takes raw rows, or rows that are prepared already.
@@ -35,7 +39,7 @@ class Predictor:
         config: Of the training.
         model: In evaluation mode.
         encoder: Raw values to ids; None: they are not known.
-        run: The RUN folder, for messages.
+        path: The RUN or BUNDLE, for messages.
         identity: What tells the weights, and how they compute, from others; empty: nothing does.
     """
 
@@ -45,7 +49,7 @@ class Predictor:
         config: TrainConfig,
         model: DLRM,
         encoder: Encoder | None,
-        run: Path,
+        path: Path,
         identity: str = "",
     ) -> None:
         self.schema = schema
@@ -53,7 +57,7 @@ class Predictor:
         self.model = model
         self.encoder = encoder
         self.identity = identity
-        self._run = run
+        self._path = path
         self._scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
@@ -98,7 +102,7 @@ class Predictor:
         Raises:
             UserError: There are no vocabularies.
         """
-        encoder = self.encoder or Encoder.open(self._run, self.schema)  # which is refused
+        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
         ids, unknown = encoder.encode(values)
         return self.score_encoded(dense, ids), unknown
 
@@ -136,6 +140,7 @@ def load(
     local_rank: int = 0,
     amp: Amp | None = None,
     quantization: QuantizationConfig = FULL,
+    verified: bool = False,
 ) -> Predictor:
     """Load a trained model; its DATASET is not needed.
 
@@ -143,17 +148,30 @@ def load(
     case (``score``).
 
     Args:
-        path: A RUN folder.
-        checkpoint: "best" on the selection split, or "newest".
+        path: A RUN or a BUNDLE.
+        checkpoint: Of a RUN, "best" on the selection split, or "newest".
         device: Where to compute.
         local_rank: Which card of that kind.
-        amp: Whether matrices are multiplied in lower precision; None: as in training.
-        quantization: Of how many bits weights are.
+        amp: Whether matrices are multiplied in lower precision; None: for a RUN as in training, for
+            a BUNDLE not.
+        quantization: Of how many bits weights are, where they are not quantized already.
+        verified: Checksums were compared already, by the process that started this one, say: they
+            are not computed again.
 
     Raises:
-        UserError: The run is missing or damaged, or ``quantization`` does not go with the rest.
+        UserError: The run or bundle is missing or damaged, or ``quantization`` or ``checkpoint``
+            does not go with the rest.
         EnvironmentFaultError: The device is missing.
     """
+    if is_bundle(Path(path)):
+        bundle = Bundle.open(Path(path), verified=verified)
+        if checkpoint not in ("best", bundle.info.trained.checkpoint):
+            raise UserError(
+                f"{path} holds the {bundle.info.trained.checkpoint} checkpoint alone. Export the "
+                f"RUN again with --checkpoint {checkpoint}, or leave that away."
+            )
+        opened = open_device(device, local_rank)
+        return load_bundle(bundle, device=opened, amp=amp or "O0", quantization=quantization)
     run = Run.open(Path(path))
     if not run.checkpoint(checkpoint).exists():  # before the vocabularies are read
         raise UserError(
@@ -162,14 +180,51 @@ def load(
             "newest), or the name is not one of best and newest."
         )
     run.warn_if_unfinished()
-    encoder = Encoder.open(run.path, run.schema) if run.schema.encodes_values else None
-    model = run.load_model(checkpoint, open_device(device, local_rank))
+    encoder = _encoder(run.path, run.schema, verified=verified)
+    model = run.load_model(checkpoint, open_device(device, local_rank), verified=verified)
     config = run.config if amp is None else replace(run.config, amp=amp)
     refuse_quantization(quantization, model.device, config)
     quantize(model, quantization)
     checksum = checksum_of(run.checkpoint(checkpoint))
     identity = identity_of(checksum, run.schema, config, quantization, device) if checksum else ""
     return Predictor(run.schema, config, model, encoder, run.path, identity)
+
+
+def load_bundle(
+    bundle: Bundle,
+    *,
+    device: torch.device = CPU,
+    amp: Amp = "O0",
+    quantization: QuantizationConfig = FULL,
+) -> Predictor:
+    """Load the model of a BUNDLE that is open, whose checksums were compared then.
+
+    Args:
+        bundle: The bundle.
+        device: Where to compute.
+        amp: Whether matrices are multiplied in lower precision.
+        quantization: Of how many bits weights are.
+
+    Raises:
+        UserError: A file is damaged, or ``quantization`` does not go with the rest.
+    """
+    config = TrainConfig(model=bundle.info.model, loss=bundle.info.loss, amp=amp)
+    refuse_quantization(quantization, device, config)
+    tables = bundle.info.quantize
+    if tables != "none" and (quantization.quantize_emb_with_bit != 32 or device.type != "cpu"):
+        raise UserError(
+            f"{bundle.path} has tables of {BITS[tables]} bits already, for --device cpu. Leave "
+            "--quantize-emb-with-bit and --device away, or export the RUN again without --quantize."
+        )
+    encoder = _encoder(bundle.path, bundle.schema, verified=True)
+    model = bundle.load_model(device)
+    quantize(model, quantization)
+    identity = identity_of(bundle.info.sha256, config, quantization, device.type)
+    return Predictor(bundle.schema, config, model, encoder, bundle.path, identity)
+
+
+def _encoder(path: Path, schema: FeatureSchema, *, verified: bool) -> Encoder | None:
+    return Encoder.open(path, schema, verified=verified) if schema.encodes_values else None
 
 
 def identity_of(weights: str, *others: Any) -> str:

@@ -220,14 +220,19 @@ class Run(AnyRun):
                 to_resume(self.path),
             )
 
-    def load_model(self, which: Which, device: torch.device) -> DLRM:
+    def load_model(self, which: Which, device: torch.device, *, verified: bool = False) -> DLRM:
         """Build the model and load a checkpoint's weights into it; it is in evaluation mode.
+
+        Args:
+            which: Which checkpoint.
+            device: Where to compute.
+            verified: Its checksum was verified already.
 
         Raises:
             UserError: The checkpoint is missing, damaged, or of another architecture.
         """
         model = DLRM(self.schema, self.config.model, device=device)
-        load_weights(self.checkpoint(which), model)
+        load_weights(self.checkpoint(which), model, verified=verified)
         model.eval()
         return model
 

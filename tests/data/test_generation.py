@@ -14,7 +14,7 @@ from dlrm.config import GenerateConfig
 from dlrm.data.dataset import Dataset, Rows
 from dlrm.data.generation import generate
 from dlrm.data.stack_distance import measure
-from dlrm.errors import UserError
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.schema import SPLITS
 
 SMALL = GenerateConfig(
@@ -78,7 +78,7 @@ def draw_one_by_one(config: GenerateConfig) -> tuple[Any, list[list[list[int]]],
         {"num_indices_per_lookup": 1},
         {"num_indices_per_lookup": 1, "num_indices_per_lookup_fixed": True},
         {"num_indices_per_lookup": 9, "num_indices_per_lookup_fixed": True},
-        {"num_batches": 3},
+        {"num_batches": 3, "data_size": GenerateConfig.data_size},
         {"soft_labels": True},
         {"rand_data_dist": "gaussian"},
         {
@@ -208,6 +208,21 @@ def test_rows_do_not_depend_on_the_size_of_blocks(
         )
 
 
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what rows of these options take: 1 + 4 · 2 + 4 · 1 bytes each."""
+    config = dataclasses.replace(BIG, data_size=10_000, test_rows=5_000)
+    path = tmp_path / "absent" / "dataset"
+    free = 20_000 * 13 - 1
+    monkeypatch.setattr("dlrm.files.free_bytes", lambda target: free)
+    with pytest.raises(EnvironmentFaultError, match=r"dataset needs about 260\.0 kB of disk"):
+        generate(path, config)
+    assert not list(tmp_path.iterdir())
+    free += 1
+    assert generate(path, config).rows("test") == 5_000
+
+
 @pytest.fixture
 def traces(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
@@ -298,6 +313,27 @@ def test_a_missing_trace_is_refused_before_anything_is_made(tmp_path: Path, trac
             {"rand_data_dist": "gaussian", "num_embeddings": (9,), "rand_data_sigma": -1.0},
             "--rand-data-sigma must not be negative",
         ),
+        (
+            {"rand_data_sigma": 2.0},
+            "--rand-data-sigma goes with --rand-data-dist gaussian; got uniform",
+        ),
+        (
+            {"data_trace_file": "j.log"},
+            "--data-trace-file goes with --data-generation synthetic; got random",
+        ),
+        (
+            {"data_trace_enable_padding": True},
+            "--data-trace-enable-padding goes with --data-generation synthetic; got random",
+        ),
+        (
+            {
+                "data_generation": "synthetic",
+                "data_trace_file": "j.log",
+                "rand_data_dist": "gaussian",
+            },
+            "--rand-data-dist goes with --data-generation random; got synthetic",
+        ),
+        ({"num_batches": 2}, "--data-size and --num-batches .* both tell .* got 23 and 2"),
     ],
 )
 def test_what_cannot_be_drawn(changes: dict[str, Any], message: str) -> None:

@@ -330,10 +330,36 @@ def test_what_is_measured_is_the_chosen_split_and_features(
         write_stack_distances(dataset.path, tmp_path / "j.log", split="test")
     with pytest.raises(UserError, match=r"no sparse feature 's_2'\. There are s_0, s_1"):
         write_stack_distances(dataset.path, tmp_path / "j.log", features=["s_2"])
-    with pytest.raises(UserError, match=r"x\.log is to be the name of 2 files: put a j into it"):
-        write_stack_distances(dataset.path, tmp_path / "x.log")
+    for name in ("x.log", "project.json"):
+        with pytest.raises(UserError, match=rf"{name} is to be the name of 2 files, each of ano"):
+            write_stack_distances(dataset.path, tmp_path / name)
+    with pytest.raises(UserError, match=r"j\.log is to be the name of 1 files, each of another"):
+        write_stack_distances(dataset.path, tmp_path / "j.log", features=["s_1", "s_1"])
     with pytest.raises(UserError, match="absent is not a folder"):
         write_stack_distances(dataset.path, tmp_path / "absent" / "j.log")
+
+
+def test_files_are_numbered_as_the_tables_that_are_generated_from_them(
+    dataset: Dataset, columns: npt.NDArray[np.int32], tmp_path: Path
+) -> None:
+    pattern = tmp_path / "project_j.json"
+    written = write_stack_distances(dataset.path, pattern, features=["s_1", "s_0"])
+    assert written == {name: tmp_path / f"project_{n}.json" for n, name in enumerate(written)}
+    assert list(written) == ["s_1", "s_0"]
+    config = GenerateConfig(
+        data_generation="synthetic",
+        data_size=3,
+        num_embeddings=TABLES[::-1],
+        data_trace_file=str(pattern),
+    )
+    (rows,) = generate(tmp_path / "dataset", config).stored_rows("train", 0, 1)
+    assert rows.sparse[0].tolist() == [columns[0, 1], columns[0, 0]]
+
+    with pytest.raises(UserError, match=r"project_0\.json exists\. .*--overwrite"):
+        write_stack_distances(dataset.path, pattern, features=["s_0"])
+    before = written["s_0"].read_bytes()
+    write_stack_distances(dataset.path, pattern, features=["s_0"], overwrite=True)
+    assert written["s_1"].read_bytes() == before
 
 
 def test_unknown_ids_and_lists_are_measured(tmp_path: Path) -> None:

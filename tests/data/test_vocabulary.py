@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlrm.data import vocabulary
-from dlrm.data.vocabulary import Encoder, Vocabulary, hashed, write_vocabulary
+from dlrm.data.vocabulary import (
+    Encoder,
+    Vocabulary,
+    hashed,
+    values_of_ids,
+    write_vocabulary,
+)
 from dlrm.errors import UserError
 from dlrm.ops.library import Library, library
 from dlrm.schema import FeatureSchema, SparseFeature
@@ -316,3 +323,44 @@ def test_a_file_of_other_columns_is_refused(tmp_path: Path, described: FeatureSc
         writer.write_table(table)
     with pytest.raises(UserError, match=r"has the columns \['word'\], expected value, id and"):
         Encoder.open(tmp_path, described)
+
+
+def test_raw_values_of_ids_by_hand() -> None:
+    own = Vocabulary(
+        np.array([0, 1, 5], np.uint32), np.array([2, 0, 1], np.int32), np.ones(3, np.int64)
+    )
+    asked = np.array([0, 1, 2, -1, 3], np.int32)
+    values, found = values_of_ids(SparseFeature("a", 4), own, asked)
+    assert values.tolist() == [1, 5, 0, 2, 0]  # 2: the smallest that is not in it
+    assert found.tolist() == [True, True, True, True, False]
+    values, found = values_of_ids(SparseFeature("a", 4, other_id=3), own, asked)
+    assert values.tolist() == [1, 5, 0, 0, 2]
+    assert found.tolist() == [True, True, True, False, True]
+    # Both residues are known, so that no value is unknown.
+    values, found = values_of_ids(
+        SparseFeature("a", 4, value_modulus=2),
+        Vocabulary(own.values[:2], own.ids[:2], own.counts[:2]),
+        asked,
+    )
+    assert found.tolist() == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocabulary": "v.arrow"}, {"vocabulary": "v.arrow", "other_id": 40}, {"hash_buckets": 41}],
+    ids=str,
+)
+def test_decoded_ids_are_encoded_again(tmp_path: Path, change: dict[str, Any]) -> None:
+    random = np.random.default_rng(0)
+    values = np.sort(random.choice(2**32, 40, replace=False)).astype(np.uint32)
+    own = Vocabulary(values, random.permutation(40).astype(np.int32), np.ones(40, np.int64))
+    (tmp_path / "vocabulary").mkdir()
+    digest = write_vocabulary(tmp_path / "vocabulary/v.arrow", [own])
+    feature = SparseFeature("a", 41, vocabulary_sha256=digest, **change)
+    schema = FeatureSchema("y", (), (feature,), "made-up", "none")
+    encoder = Encoder.open(tmp_path, schema)
+    lowest = 0 if "hash_buckets" in change or "other_id" in change else -1
+    ids = random.integers(lowest, 40, (500, 1), dtype=np.int32)
+    decoded, found = encoder.decode(ids)
+    assert found.all()
+    np.testing.assert_array_equal(encoder.encode(decoded)[0], ids)

@@ -15,10 +15,8 @@ from dlrm.config import (
     LossConfig,
     ModelConfig,
     QuantizationConfig,
-    TableConfig,
     TrainConfig,
 )
-from dlrm.data.batch import Batch
 from dlrm.errors import UserError
 from dlrm.model import score
 from dlrm.model.dlrm import DLRM
@@ -33,23 +31,8 @@ from dlrm.model.quantized import (
 from dlrm.model.quantized_tables import QuantizedTables
 from dlrm.model.score import Scorer
 from dlrm.model.variants import PoolingWeights
-from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+from small_models import EVERY_KIND, make_batch, make_model, make_one_id_batch
 
-ROWS = (50, 7, 30, 3, 11)
-SCHEMA = FeatureSchema(
-    label="label",
-    dense=tuple(DenseFeature(f"int_{i}") for i in range(3)),
-    sparse=tuple(SparseFeature(f"cat_{i}", rows) for i, rows in enumerate(ROWS)),
-    source_format="generated",
-    split_rule="",
-)
-EVERY_KIND = (
-    TableConfig("cat_0", "qr", "mult", 4),
-    TableConfig("cat_1", "md", md_dim=3, weighted_pooling="learned"),
-    TableConfig("cat_2", "qr", "concat", 7),
-    TableConfig("cat_3", weighted_pooling="fixed"),
-    TableConfig("cat_4", "qr", "add", 5),
-)
 CHANGES: dict[str, dict[str, Any]] = {
     "whole": {},
     "float16": {"embedding_dtype": "float16"},
@@ -57,28 +40,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fixed": {"weighted_pooling": "fixed"},
     "every kind": {"tables": EVERY_KIND},
 }
-
-
-def make_model(**changes: Any) -> DLRM:
-    sizes = {"dense_arch_layer_sizes": (8, 6), "over_arch_layer_sizes": (8, 1)}
-    model = DLRM(SCHEMA, ModelConfig(embedding_dim=6, **sizes, **changes))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for values in model.state_dict().values():
-            values.copy_(torch.randn(values.shape, generator=generator) / 2)
-    return model.eval()
-
-
-def make_batch(rows: int, longest: int) -> Batch:
-    """Random rows: of one id a feature, or of bags of 0 … longest ids."""
-    random = np.random.default_rng(rows)
-    dense = torch.from_numpy(random.random((rows, len(SCHEMA.dense)), np.float32))
-    if longest == 1:
-        return Batch(dense, torch.from_numpy(random.integers(ROWS, size=(rows, len(ROWS)))), None)
-    lengths = random.integers(longest + 1, size=(rows, len(ROWS)))
-    ids = random.integers(np.repeat(np.tile(ROWS, rows), lengths.ravel()))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Batch(dense, torch.from_numpy(ids), None, torch.from_numpy(offsets))
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
@@ -96,7 +57,7 @@ def rounded(values: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize(("bits", "dim", "width"), [(8, 5, 13), (8, 6, 14), (4, 6, 7), (4, 5, 7)])
 def test_rows_are_codes_beside_scale_and_bias(bits: int, dim: int, width: int) -> None:
     values = torch.randn(1000, dim, generator=torch.Generator().manual_seed(0))
-    tables = QuantizedTables(values, bits)
+    tables = QuantizedTables.of(values, bits)
     assert tables.codes.shape == (1000, width)
     found = tables(torch.arange(1000), torch.arange(1001), None)
     torch.testing.assert_close(found, rounded(values, bits), rtol=0, atol=1e-6)
@@ -105,12 +66,12 @@ def test_rows_are_codes_beside_scale_and_bias(bits: int, dim: int, width: int) -
 
 
 def test_by_hand() -> None:
-    tables = QuantizedTables(torch.tensor([[0.0, 255.0, 1.4, 1.6], [-1.0, 14.0, 3.0, 3.4]]), 8)
+    tables = QuantizedTables.of(torch.tensor([[0.0, 255.0, 1.4, 1.6], [-1.0, 14.0, 3.0, 3.4]]), 8)
     found = tables(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2, 3]), torch.tensor([1.0, 2, 1]))
     expected = torch.tensor([[0.0, 765, 3, 6], [0] * 4, [-1, 14, 3, 3.4]])
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
     assert found[0].tolist() == [0, 765, 3, 6]
-    four = QuantizedTables(torch.tensor([[-1.0, 14.0, 3.0, 3.4]]), 4)
+    four = QuantizedTables.of(torch.tensor([[-1.0, 14.0, 3.0, 3.4]]), 4)
     assert four.codes[0, :2].tolist() == [0xF0, 0x44]
     one = four(torch.tensor([0]), torch.tensor([0, 1]), None)
     assert one.tolist() == [[-1, 14, 3, 3]]
@@ -118,9 +79,9 @@ def test_by_hand() -> None:
 
 def test_a_table_is_quantized_in_pieces_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(100, 6)
-    whole = QuantizedTables(values, 8).codes
+    whole = QuantizedTables.of(values, 8).codes
     monkeypatch.setattr("dlrm.model.quantized_tables._ROWS", 7)
-    assert torch.equal(QuantizedTables(values, 8).codes, whole)
+    assert torch.equal(QuantizedTables.of(values, 8).codes, whole)
 
 
 def with_rounded_tables(changes: dict[str, Any], bits: int) -> DLRM:
@@ -148,8 +109,8 @@ def test_a_model_scores_as_one_with_these_very_values(
     twin, model = with_rounded_tables(changes, bits), make_model(**changes)
     full_bytes = model.sparse_arch.table_bytes
     quantize(model, QuantizationConfig(quantize_emb_with_bit=bits))
-    for rows, longest in ((300, 1), (1, 1), (70, 4), (5, 0)):
-        batch = make_batch(rows, longest)
+    for rows, longest in ((300, 0), (1, 0), (70, 4), (5, 1)):
+        batch = make_batch(rows, longest) if longest else make_one_id_batch(rows)
         found = Scorer(model, LossConfig())(batch)
         np.testing.assert_allclose(found, Scorer(twin, LossConfig())(batch), rtol=0, atol=2e-6)
     assert model.sparse_arch.table_bytes < full_bytes or "float16" in changes.values()
@@ -159,7 +120,7 @@ def test_parts_of_a_large_batch_are_looked_up_apart(monkeypatch: pytest.MonkeyPa
     model, batch = make_model(), make_batch(300, 3)
     quantize(model, QuantizationConfig(quantize_emb_with_bit=8))
     whole = Scorer(model, LossConfig())(batch)
-    monkeypatch.setattr("dlrm.model.native.PART_ROWS", 64)
+    monkeypatch.setattr("dlrm.model.native.part_rows", lambda: 64)
     np.testing.assert_array_equal(Scorer(model, LossConfig())(batch), whole)
 
 
@@ -198,7 +159,7 @@ def test_a_model_with_layers_of_fewer_bits(bits: int) -> None:
     quantize(model, QuantizationConfig(quantize_mlp_with_bit=bits))
     found = Scorer(model, LossConfig())(batch)
     difference = np.abs(found - Scorer(twin, LossConfig())(batch))
-    assert 1e-5 < difference.max() < 0.02
+    assert 1e-5 < difference.max() < 0.03
     weights, numbers = 3 * 8 + 8 * 6 + 21 * 8 + 8, 8 + 6 + 8 + 1
     assert full == 4 * (weights + numbers)
     expected = weights + 8 * numbers if bits == 8 else 2 * weights + 4 * numbers

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import re
 from collections.abc import Callable
@@ -365,11 +366,13 @@ class Malicious:
     ("write", "message"),
     [
         (lambda path: None, "does not exist. Check the path"),
-        (lambda path: path.mkdir(), "cannot be read as a checkpoint of the reference"),
+        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: os.mkfifo(path), "is not a file"),
         (lambda path: path.touch(), "cannot be read as a checkpoint of the reference"),
         (lambda path: path.write_text("no zip"), "cannot be read as a checkpoint of the reference"),
         (lambda path: torch.save(Malicious(), path), "which is never loaded"),
-        (lambda path: torch.save([1, 2], path), "is not a checkpoint of the reference"),
+        (lambda path: torch.save([1, 2], path), "it holds list, not a dictionary"),
+        (lambda path: torch.save(torch.ones(2), path), "it holds Tensor, not a dictionary"),
         (lambda path: torch.save({"state_dict": {}}, path), "KeyError: 'opt_state_dict'"),
     ],
 )
@@ -393,18 +396,77 @@ def test_a_foreign_file_is_refused(
     [
         (lambda content: content.pop("iter"), "KeyError: 'iter'"),
         (lambda content: content.update(epoch="two"), "ValueError: invalid literal for int"),
+        (lambda content: content.update(iter=math.inf), "OverflowError: cannot convert float infi"),
+        (lambda content: content.update(epoch=-1), "is damaged: epoch is -1, expected a count"),
+        (lambda content: content.update(nbatches=10**30), "is damaged: nbatches is 1000"),
+        (
+            lambda content: content["opt_state_dict"]["param_groups"][0].update(initial_lr=-1.0),
+            "is damaged: its learning rate is -1.0",
+        ),
         (lambda content: content["state_dict"].update(x=1), "holds something else than tensors"),
+        *(
+            (
+                lambda content, name=name, change=change: content["state_dict"].update(
+                    {name: change(content["state_dict"][name])}
+                ),
+                f"{name} is expected to have {2 if 'weight' in name else 1} dimensions of float32, "
+                f"as the reference writes it, got {found}",
+            )
+            for name, change, found in (
+                ("emb_l.0.weight", torch.Tensor.double, "2 dimensions of float64"),
+                ("emb_l.0.weight", torch.Tensor.half, "2 dimensions of float16"),
+                ("emb_l.0.weight", torch.Tensor.to_sparse, "2 dimensions of float32, sparse"),
+                ("top_l.0.weight", torch.Tensor.ravel, "1 dimensions of float32"),
+                ("bot_l.0.weight", torch.Tensor.sum, "0 dimensions of float32"),
+                ("bot_l.0.bias", torch.Tensor.long, "1 dimensions of int64"),
+                (
+                    "bot_l.0.weight",
+                    lambda tensor: tensor.to("meta"),
+                    "2 dimensions of float32 without values",
+                ),
+            )
+        ),
         (
             lambda content: content["opt_state_dict"]["state"].update({0: {"exp_avg": 1}}),
-            "optimizer state of an unknown kind: exp_avg",
+            "edited.pt holds optimizer state of an unknown kind: exp_avg",
         ),
     ],
 )
 def test_a_damaged_file_is_refused(
     saved: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)) as refusal:
         read_checkpoint(edited(saved, change))
+    assert str(refusal.value).count("edited.pt") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(3), "the sum of emb_l.3.weight is expected to have shape"),
+        (
+            lambda state: state.update({99: state[0]}),
+            "optimizer state of parameter 99, and there a",
+        ),
+        (
+            lambda state: state[1].update(sum=state[1]["sum"].double()),
+            "the sum of emb_l.1.weight is expected to have 2 dimensions of float32",
+        ),
+        (
+            lambda state: state[1].update(sum=torch.ones(3)),
+            "the sum of emb_l.1.weight is expected to have shape",
+        ),
+    ],
+)
+def test_damaged_optimizer_state_is_refused(
+    run: Any, change: Callable[[dict[int, Any]], object], message: str
+) -> None:
+    path = run.folder / "adagrad.pt"
+    run("--step=3", "--optimizer=adagrad", f"--save-model={path}", *TESTED)
+    damaged = edited(path, lambda content: change(content["opt_state_dict"]["state"]))
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("--optimizer=adagrad", f"--load-model={damaged}")
+    assert not run.run_path.exists()
 
 
 def test_a_folder_to_save_to_must_exist(run: Any) -> None:

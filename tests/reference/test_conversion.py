@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,23 @@ def test_a_run_of_ours_becomes_what_the_reference_would_have_written(
     train(prepared, tmp_path / "ours", config)
     text = (tmp_path / "ours" / "config.toml").read_text()
     (tmp_path / "ours" / "config.toml").write_text(text.replace(str(prepared), "absent"))
-    export_checkpoint(tmp_path / "ours", written)
+    export_checkpoint(tmp_path / "ours", written, overwrite=True)
     found = content(written)
     assert (found["iter"], found["nbatches"], found["nbatches_test"]) == (5, 18, 0)
     assert (found["test_acc"], found["test_auc"]) == (0, 0)
     assert found["train_loss"] > 0
     assert found["opt_state_dict"]["param_groups"][0]["lr"] == 0.1
+
+
+def test_a_loss_that_is_no_number_survives_too(run: Any, tmp_path: Path) -> None:
+    saved, back = tmp_path / "saved.pt", tmp_path / "back.pt"
+    run("--step=3", "--test-freq=100", f"--save-model={saved}")
+    diverged = content(saved) | {"train_loss": math.nan}
+    torch.save(diverged, saved)
+    import_checkpoint(saved, tmp_path / "made", Run.open(run.run_path).dataset)
+    export_checkpoint(tmp_path / "made", back)
+    assert math.isnan(content(back)["train_loss"])
+    assert same(content(back) | {"train_loss": 0}, diverged | {"train_loss": 0})
 
 
 def test_narrow_tables_are_written_as_float32(prepared: Path, tmp_path: Path) -> None:
@@ -224,6 +236,9 @@ def test_the_printed_commands_do_the_same(
         (["RUN", "x.pt", "--data", "d"], "a RUN tells of itself what --data"),
         (["RUN", "x.pt", "--qr-operation", "add"], "a RUN tells of itself what --data"),
         (["x.pt", "made"], "name the DATASET that x.pt was trained on with --data"),
+        (["x.pt", "made", "--data", "d", "--checkpoint", "newest"], "are of the other way"),
+        (["x.pt", "made", "--data", "d", "--overwrite"], "are of the other way"),
+        (["RUN", "there.pt"], "there.pt is there already, and is not overwritten"),
     ],
 )
 def test_the_directions_take_different_options(
@@ -231,6 +246,7 @@ def test_the_directions_take_different_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RUN").mkdir()
+    (tmp_path / "there.pt").touch()
     with pytest.raises(UserError, match=message):
         cli.parse(["convert", *arguments]).execute()
 

@@ -108,6 +108,23 @@ def test_the_graph_names_every_weight(run: Any) -> None:
     assert "Mean" in labels[end] or "BinaryCrossEntropy" in labels[end]
 
 
+def test_a_model_that_is_tested_alone_is_printed_and_drawn(run: Any) -> None:
+    saved = run.folder / "saved.pt"
+    run("--test-freq=9", f"--save-model={saved}", *DEBUG)
+    trained = torch.load(saved, weights_only=True)["state_dict"]
+    lines = run(*DEBUG, "--plot-compute-graph", "--inference-only", f"--load-model={saved}")
+    assert not [line for line in lines if "has no effect" in line]
+    printed = between(
+        lines, "initial parameters (weights and bias):", "time/loss/accuracy (if enabled):"
+    )
+    with np.printoptions(precision=5):
+        expected = [line for each in trained.values() for line in str(each.numpy()).splitlines()]
+    assert printed == expected
+    assert "mini-batch: 2" in lines
+    assert "mini-batch: 3" not in lines
+    assert "dense_arch.layers.0.weight" in (run.run_path / "graph.dot").read_text()
+
+
 def test_a_profile_lies_in_the_run(run: Any) -> None:
     lines = run("--enable-profiling", "--optimizer=adagrad")
     assert any(f"--profile {run.run_path}/trace.json" in line for line in lines)

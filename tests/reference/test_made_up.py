@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
+import dlrm
 from dlrm import reference
 from dlrm.data.dataset import Dataset
 from dlrm.data.stack_distance import measure
 from dlrm.errors import UserError
+from dlrm.runs import Run
 
 # Of facebookresearch/dlrm at 090956ee2319ddd349a42232958aefccfe3f7b0a, PyTorch 2.13 on a CPU.
 LOSSES = {
@@ -103,13 +106,15 @@ def test_the_final_model_is_written_as_onnx(
     flags = f"--mini-batch-size=10 --data-size=95 --num-indices-per-lookup=3 {kind} --save-onnx"
     lines = run(flags, tmp_path, capsys)
     bundle = tmp_path / "run" / "bundle"
-    assert f"dlrm export {bundle.parent} {bundle} --checkpoint newest" in lines
+    assert f"dlrm export {bundle.parent} {bundle} --format onnx --checkpoint newest" in lines
     assert re.fullmatch(
         rf"# {bundle / 'model.onnx'}: in onnxruntime, probabilities of 95 rows differ by up to "
         r"\d\.\de-\d\d",
         lines[-1],
     )
-    assert [path.name for path in bundle.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(bundle / "model.onnx")
+    assert [each.name for each in session.get_outputs()] == ["probabilities"]
+    assert dlrm.load(bundle).schema == Run.open(bundle.parent).schema
 
 
 def test_synthetic_rows_follow_the_traces(

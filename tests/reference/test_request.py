@@ -176,7 +176,7 @@ def test_what_preparation_is_asked_for(flags: str, expected: PrepareConfig) -> N
         "--arch-interaction-itself --optimizer=rwsadagrad --numpy-rand-seed=5 --nepochs=2",
         "--loss-function=wbce --loss-weights=0.4-1.6 --loss-threshold=0.001 --step=7",
         "--arch-interaction-op=cat --max-ind-range=50 --data-randomize=day --num-batches=3",
-        "--mlperf-auc-threshold=0.8 --mlperf-acc-threshold=0.79 --test-freq=-1 --use-npu",
+        "--mlperf-auc-threshold=0.8 --mlperf-acc-threshold=0.79 --test-freq=7 --use-npu",
         "--tensor-board-filename=x --mlperf-submission-platform='a' --mlperf-submission-org=us",
         "--lr-num-warmup-steps=5 --lr-decay-start-step=6 --lr-num-decay-steps=7 --run=/a/'b'",
         "--learning-rate=1e-07 --load-model=m.pt --data-randomize=none --use-gpu --local_rank=3",
@@ -212,7 +212,7 @@ def test_the_command_of_quantized_inference() -> None:
 def test_the_command_of_an_export() -> None:
     asked = request("--save-onnx --run=r")
     assert cli.parse(shlex.split(asked.commands()[2])[1:]) == cli.Export(
-        Path("r"), Path("r/bundle"), checkpoint="newest"
+        Path("r"), Path("r/bundle"), format="onnx", checkpoint="newest"
     )
 
 
@@ -230,7 +230,10 @@ def test_the_command_of_inference() -> None:
     [
         ("", {}),
         ("--data-size=50 --mini-batch-size=7", {"data_size": 50, "mini_batch_size": 7}),
-        ("--num-batches=3", {"num_batches": 3}),
+        (
+            "--num-batches=3 --data-size=50",
+            {"num_batches": 3, "data_size": GenerateConfig.data_size},
+        ),
         ("--arch-mlp-bot=9-3-2", {"dense_features": 9}),
         ("--arch-embedding-size=100-20", {"num_embeddings": (100, 20)}),
         ("--num-indices-per-lookup=2", {"num_indices_per_lookup": 2}),
@@ -380,6 +383,10 @@ def test_what_cannot_be(flags: str, message: str) -> None:
         ("--num-workers=2", "--num-workers changes nothing: one background thread reads here"),
         ("--dataset-multiprocessing", "--dataset-multiprocessing changes nothing: preparation"),
         ("--data-size=9", "--data-size has no effect with --data-generation=dataset"),
+        (
+            "--data-generation=random --data-size=9 --num-batches=2",
+            "--data-size has no effect beside --num-batches",
+        ),
         ("--data-trace-file=x", "--data-trace-file has no effect without --data-generation=synth"),
         ("--rand-data-max=2", "--rand-data-max has no effect without --rand-data-dist=gaussian"),
         (
@@ -428,6 +435,11 @@ def test_what_acts_with_mlperf_logging_alone() -> None:
     assert asked.train.accumulate_batches == 1
     idle = [note for note in asked.notes if "has no effect without --mlperf-logging" in note]
     assert len(idle) == 3
+    asked = request(" ".join(thresholds) + " --test-freq=-1")
+    assert (asked.train.target_auc, asked.train.target_accuracy) == (0, 0)
+    for flag in thresholds:
+        name = flag.split("=")[0]
+        assert f"{name} has no effect without --mlperf-logging and --test-freq" in asked.notes
 
 
 LARGE = "--data-set=terabyte --memory-map --mlperf-logging --max-ind-range=40"

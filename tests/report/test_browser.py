@@ -1,12 +1,7 @@
-"""The page as Chromium shows it.
-
-It is skipped where there is no browser; with DLRM_TEST_BROWSER=required, as in continuous
-integration, that fails.
-"""
+"""The page as Chromium shows it."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +10,9 @@ from typing import Any
 
 import pytest
 
+from browsing import CONTRAST
 from dlrm.report.page import write_report
 from dlrm.schema import read_schema, write_schema
-
-playwright = pytest.importorskip("playwright.sync_api")
 
 VIEWS = [(scheme, width) for scheme in ("light", "dark") for width in (1280, 400)]
 
@@ -42,66 +36,6 @@ TEXTS = """
 })
 """
 
-# Contrast (WCAG 2) of what is drawn or written with the paper: of each element that has text of its
-# own, and of each line of a figure.
-CONTRAST = """
-() => {
-  const parse = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => {
-    const [R, G, B] = [r, g, b].map(v => {
-      v /= 255;
-      return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * R + 0.7152 * G + 0.0722 * B;
-  };
-  const ratio = (one, other) => {
-    const [a, b] = [light(one), light(other)].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05);
-  };
-  const behind = element => {
-    for (; element; element = element.parentElement) {
-      const colour = parse(getComputedStyle(element).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0) return colour;
-    }
-  };
-  const found = [];
-  for (const element of document.querySelectorAll('main *')) {
-    const style = getComputedStyle(element);
-    const svg = element.closest('svg');
-    const hasText = [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim());
-    if (hasText && !['title', 'desc', 'style'].includes(element.tagName)) {
-      found.push({what: element.textContent.trim().slice(0, 30), least: 4.5,
-                  ratio: ratio(parse(svg ? style.fill : style.color), behind(element))});
-    }
-    if (element.tagName === 'use' && (element.getAttribute('style') || '').includes('--rate')) {
-      found.push({what: 'point ' + style.fill, least: 3,
-                  ratio: ratio(parse(style.fill), behind(element))});
-    }
-    if (svg && element.tagName === 'path' && style.stroke !== 'none') {
-      const isGrid = element.getAttribute('style').includes('--grid');
-      if (!isGrid) found.push({what: 'line ' + style.stroke, least: 3,
-                               ratio: ratio(parse(style.stroke), behind(element))});
-    }
-  }
-  return found;
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        message = "there is no Chromium: apt-get install chromium"
-        if os.environ.get("DLRM_TEST_BROWSER") == "required":
-            pytest.fail(message)
-        pytest.skip(message)
-    with playwright.sync_playwright() as driver:
-        # In a container Chromium's own sandbox often cannot be made; the page is ours.
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
 
 @pytest.fixture(scope="module")
 def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,10 +58,10 @@ def file(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module", params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
-def view(request: pytest.FixtureRequest, browser: Any, file: Path) -> Iterator[Any]:
+def view(request: pytest.FixtureRequest, chromium: Any, file: Path) -> Iterator[Any]:
     """The page in a window, with all that was requested and said while it opened."""
     scheme, width = request.param
-    context = browser.new_context(
+    context = chromium.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )
     page = context.new_page()
@@ -151,6 +85,17 @@ def test_nothing_is_wider_than_the_window(view: Any) -> None:
     assert (
         view.evaluate("() => [...document.querySelectorAll('figure svg')].length") == view.figures
     )
+
+
+def test_in_a_wide_window_no_table_is_cut(view: Any) -> None:
+    if view.viewport_size["width"] < 1280:
+        pytest.skip("tables scroll in narrow windows")
+    cut = view.evaluate(
+        "() => [...document.querySelectorAll('section > .scroll, section > div > .scroll')]"
+        ".filter(box => box.scrollWidth > box.clientWidth)"
+        ".map(box => [box.ariaLabel, box.scrollWidth, box.clientWidth])"
+    )
+    assert cut == []
 
 
 def test_no_label_is_cut_or_lies_on_another(view: Any) -> None:
@@ -185,8 +130,8 @@ def test_contrast_is_enough(view: Any) -> None:
     assert [each for each in found if each["ratio"] < each["least"]] == []
 
 
-def test_in_print_it_is_light_and_nothing_is_cut(browser: Any, file: Path) -> None:
-    context = browser.new_context(color_scheme="dark", viewport={"width": 688, "height": 1000})
+def test_in_print_it_is_light_and_nothing_is_cut(chromium: Any, file: Path) -> None:
+    context = chromium.new_context(color_scheme="dark", viewport={"width": 688, "height": 1000})
     page = context.new_page()
     page.goto(file.as_uri())
     page.emulate_media(media="print")

@@ -31,7 +31,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 interrupted = importlib.import_module("interrupted")
 
-from dlrm import cli, device, evaluation  # noqa: E402
+from dlrm import cli, comparison, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
 from dlrm.data import criteo  # noqa: E402
@@ -203,6 +203,13 @@ def set_up(request: dict[str, Any]) -> list[Events]:
             return scorer(*arguments)
 
         evaluation.Scorer = scorer_watched  # type: ignore[assignment,misc]
+        compare_rows = comparison.compare_rows
+
+        def compare_watched(*arguments: Any, **options: Any) -> Any:
+            fault("before", "compare", "")
+            return compare_rows(*arguments, **options)
+
+        comparison.compare_rows = compare_watched
     if told:
         watch(request["run"], told)
     return listeners

@@ -701,9 +701,11 @@ def test_a_damaged_best_checkpoint_is_noticed_and_none_left_is_an_error(
     assert answer.status == 2
     assert re.search(
         r"error: .*/checkpoints has no checkpoint left that can be resumed exactly: "
-        r".*step-000000015\.safetensors is damaged.*--continue-from",
+        r".*step-000000015\.safetensors is damaged.* That is the best so far, .*"
+        r"--continue-from .*/step-000000020\.safetensors",
         answer.said,
     )
+    assert answer.said.count("WARNING ") == 1
 
 
 WRITING: dict[str, dict[str, bool]] = {

@@ -19,13 +19,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from dlrm.checkpoint import tensor_bytes
 from dlrm.config import LossConfig, TableConfig
-from dlrm.files import atomic_write
+from dlrm.files import atomic_write, safetensors_places
 from dlrm.model.dlrm import DLRM
 from dlrm.model.embedding import table_name
 from dlrm.model.interaction import InteractionArch
 from dlrm.model.mlp import MLP
+from dlrm.model.quantized_tables import row_bytes
 from dlrm.model.variants import projection_name, weights_name
 
 # The oldest that has all that is used (ScatterElements that adds), so that old runtimes load it.
@@ -34,30 +34,14 @@ _TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
+    torch.uint8: TensorProto.UINT8,
 }
-_ALIGNMENT = 1 << 16  # what a memory map of any system can begin at
 
 
-@dataclass(frozen=True)
-class OnnxModel:
-    """A graph, and its weights apart from it.
-
-    Attributes:
-        proto: Its initializers have types and shapes, but no values yet.
-        weights: The values, by name; views of the model's.
-    """
-
-    proto: onnx.ModelProto
-    weights: Mapping[str, Tensor]
-
-    @property
-    def weight_bytes(self) -> int:
-        """What the weights take."""
-        return sum(weight.nbytes for weight in self.weights.values())
-
-
-def onnx_model(model: DLRM, loss: LossConfig, *, one_id: bool = False) -> OnnxModel:
-    """Return a model as an ONNX graph.
+def onnx_model(
+    model: DLRM, loss: LossConfig, weights: Path, *, one_id: bool = False
+) -> onnx.ModelProto:
+    """Return a model as an ONNX graph, whose weights lie in a file beside it.
 
     Its inputs are what a ``Batch`` holds: dense_features, (B, number of them) float32,
     transformed; and either sparse_features, (N,) int64, beside offsets, (B * F + 1,) int64; or with
@@ -65,11 +49,13 @@ def onnx_model(model: DLRM, loss: LossConfig, *, one_id: bool = False) -> OnnxMo
     probabilities, is (B,) float32. Weights have their names in a state dict.
 
     Args:
-        model: Of any kind; its weights may be anywhere.
+        model: Of any kind; of its weights types and shapes count.
         loss: Its threshold clamps probabilities.
+        weights: A safetensors file with the model's weights under their names. The graph names it
+            without its folder, since runtimes look beside the graph.
         one_id: A bag has one id or none.
     """
-    graph = _Graph()
+    graph = _Graph(weights)
     features = len(model.tables)
     dense_vector = _mlp(graph, model.dense_arch, "dense_arch", "dense_features")
     lookups = _one_id_lookups(graph, features) if one_id else _bag_lookups(graph, features)
@@ -97,54 +83,33 @@ def onnx_model(model: DLRM, loss: LossConfig, *, one_id: bool = False) -> OnnxMo
             tensor("offsets", TensorProto.INT64, "bags + 1"),
         ]
     outputs = [tensor("probabilities", TensorProto.FLOAT, "rows")]
-    proto = helper.make_model(
+    return helper.make_model(
         helper.make_graph(graph.nodes, "dlrm", inputs, outputs, graph.initializers),
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR,
         producer_name="dlrm",
     )
-    return OnnxModel(proto, graph.weights)
 
 
-def write_onnx(path: Path, model: OnnxModel, *, inline_bytes: int) -> list[Path]:
-    """Write a graph with its weights.
-
-    Args:
-        path: The file.
-        model: What goes into it.
-        inline_bytes: Where the weights take more, they go into a second file, path.data, straight
-            from where they are. (One file holds 2 GiB, and takes its size in memory several times.)
-
-    Returns:
-        The files.
+def write_onnx(path: Path, graph: onnx.ModelProto) -> None:
+    """Write a graph beside its weights.
 
     Raises:
         EnvironmentFaultError: The disk is full or read-only.
     """
-    initializers = {each.name: each for each in model.proto.graph.initializer}
-    files = [path]
-    if model.weight_bytes <= inline_bytes:
-        for name, weight in model.weights.items():
-            initializers[name].raw_data = bytes(tensor_bytes(weight))
-    else:
-        files.append(path.with_name(f"{path.name}.data"))
-        with atomic_write(files[1]) as file:
-            for name, weight in model.weights.items():
-                file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
-                stored = {"location": files[1].name, "offset": file.tell(), "length": weight.nbytes}
-                initializers[name].data_location = TensorProto.EXTERNAL
-                for key, value in stored.items():
-                    initializers[name].external_data.add(key=key, value=str(value))
-                file.write(tensor_bytes(weight))
     with atomic_write(path) as file:
-        file.write(model.proto.SerializeToString())
-    return files
+        file.write(graph.SerializeToString())
 
 
 class _Graph:
-    """Nodes and weights as they are added; calling it adds a node."""
+    """Nodes and weights as they are added; calling it adds a node.
 
-    def __init__(self) -> None:
+    Args:
+        file: Where the weights lie, a safetensors file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._places = file.name, safetensors_places(file)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, Tensor] = {}
@@ -160,24 +125,32 @@ class _Graph:
         """Add a tensor of the model."""
         if name not in self.weights:
             self.weights[name] = values
-            self.initializers.append(
-                TensorProto(name=name, data_type=_TYPES[values.dtype], dims=values.shape)
-            )
+            offset, length = self._places[name]
+            stored = TensorProto(name=name, data_type=_TYPES[values.dtype], dims=values.shape)
+            stored.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", self._file), ("offset", offset), ("length", length)):
+                stored.external_data.add(key=key, value=str(value))
+            self.initializers.append(stored)
         return name
 
     def integers(self, *values: int) -> str:
         """Add int64 constants, (number of them,)."""
-        return self._constant(np.array(values, np.int64))
+        return self.constant(np.array(values, np.int64))
 
     def integer(self, value: int) -> str:
         """Add an int64 constant, ()."""
-        return self._constant(np.array(value, np.int64))
+        return self.constant(np.array(value, np.int64))
+
+    def int32(self, value: int) -> str:
+        """Add an int32 constant, ()."""
+        return self.constant(np.array(value, np.int32))
 
     def number(self, value: float) -> str:
         """Add a float32 constant, ()."""
-        return self._constant(np.array(value, np.float32))
+        return self.constant(np.array(value, np.float32))
 
-    def _constant(self, values: np.ndarray) -> str:
+    def constant(self, values: np.ndarray) -> str:
+        """Add a constant of any shape."""
         key = (f"{values.dtype}{values.shape}", values.tobytes())
         if key not in self._constants:
             self._constants[key] = f"constant_{len(self._constants)}"
@@ -266,7 +239,9 @@ def _vector(
 def _pooled(graph: _Graph, table: str, ids: str, lookup: _Lookup, weights: str, length: int) -> str:
     """Add the weighed sums of a table's vectors in each bag, (B, length)."""
     vectors = graph("Gather", table, ids)
-    if graph.weights[table].dtype != torch.float32:
+    if graph.weights[table].dtype == torch.uint8:
+        vectors = _dequantized(graph, vectors, graph.weights[table].shape[1], length)
+    elif graph.weights[table].dtype != torch.float32:
         vectors = graph("Cast", vectors, to=TensorProto.FLOAT)
     if weights:
         vectors = graph("Mul", vectors, weights)
@@ -278,6 +253,54 @@ def _pooled(graph: _Graph, table: str, ids: str, lookup: _Lookup, weights: str, 
     shape = graph("Concat", lookup.count, graph.integers(length), axis=0)
     zeros = graph("Expand", graph.number(0), shape)
     return graph("ScatterElements", zeros, rows, vectors, axis=0, reduction="add")
+
+
+def _dequantized(graph: _Graph, rows: str, width: int, dim: int) -> str:
+    """Add the vectors, (N, dim), of rows of ``QuantizedTables``, (N, width) bytes."""
+    four_bits = row_bytes(dim, 8) != width
+    code_bytes = width - (4 if four_bits else 8)
+    rows = graph("Cast", rows, to=TensorProto.INT32)
+    one = graph.integers(1)
+    codes = graph("Slice", rows, graph.integers(0), graph.integers(code_bytes), one)
+    if four_bits:  # the first of two numbers in the low half of their byte
+        low, high = (graph(kind, codes, graph.int32(16)) for kind in ("Mod", "Div"))
+        halves = [graph("Unsqueeze", half, graph.integers(2)) for half in (low, high)]
+        codes = graph("Concat", *halves, axis=2)
+        codes = graph("Reshape", codes, graph.integers(0, 2 * code_bytes))
+        codes = graph("Slice", codes, graph.integers(0), graph.integers(dim), one)
+    ends = graph("Slice", rows, graph.integers(code_bytes), graph.integers(width), one)
+    scale_and_bias = _floats(graph, ends, 2 if four_bits else 4)
+    scale = graph("Gather", scale_and_bias, graph.integers(0), axis=1)
+    bias = graph("Gather", scale_and_bias, graph.integers(1), axis=1)
+    numbers = graph("Cast", codes, to=TensorProto.FLOAT)
+    return graph("Add", graph("Mul", numbers, scale), bias)
+
+
+def _floats(graph: _Graph, stored: str, width: int) -> str:
+    """Add (N, 2) float32 of their little-endian bytes, (N, 2 * width) int32; width 4 or 2.
+
+    ONNX has no operator (before opset 26) that takes bits for a number, so sign and exponent are
+    looked up and the fraction is multiplied, which is exact.
+    """
+    fraction_bits, exponents = (23, 256) if width == 4 else (10, 32)
+    # Of each exponent: what the last bit of the fraction stands for, and the leading one, which
+    # numbers with the exponent 0 lack.
+    exponent = np.maximum(np.arange(exponents), 1) - (exponents // 2 - 1) - fraction_bits
+    power = np.ldexp(np.float32(1), exponent).astype(np.float32)
+    leading = np.where(np.arange(exponents) > 0, 1 << fraction_bits, 0).astype(np.int32)
+    stored = graph("Reshape", stored, graph.integers(0, 2, width))
+    each = [graph("Gather", stored, graph.integer(place), axis=2) for place in range(width)]
+    # One byte holds the end of the exponent and the begin of the fraction.
+    shared, limit = fraction_bits // 8, 1 << fraction_bits % 8
+    kinds = graph("Div", each[shared], graph.int32(limit))
+    fraction = graph("Mod", each[shared], graph.int32(limit))
+    for byte in each[shared + 1 :]:  # one or none
+        kinds = graph("Add", kinds, graph("Mul", byte, graph.int32(256 // limit)))
+    for byte in reversed(each[:shared]):
+        fraction = graph("Add", graph("Mul", fraction, graph.int32(256)), byte)
+    ones = graph("Gather", graph.constant(np.tile(leading, 2)), kinds)
+    powers = graph("Gather", graph.constant(np.concatenate([power, -power])), kinds)
+    return graph("Mul", graph("Cast", graph("Add", fraction, ones), to=TensorProto.FLOAT), powers)
 
 
 def _mlp(graph: _Graph, mlp: MLP, name: str, features: str) -> str:

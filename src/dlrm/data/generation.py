@@ -9,7 +9,8 @@ bag to bag, so that the ids of the rows together have the distances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,9 @@ from dlrm.data.dataset import (
 )
 from dlrm.data.stack_distance import Accesses, StackDistances, refuse_missing, trace_path
 from dlrm.errors import UserError
-from dlrm.files import sha256
+from dlrm.files import refuse_small_disk, sha256
 from dlrm.progress import progress
-from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
+from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature, Split
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -52,7 +53,7 @@ def generate(
     Raises:
         UserError: There is something else at ``dataset``, or a file of stack distances is missing
             or damaged.
-        EnvironmentFaultError: The disk is full or fails.
+        EnvironmentFaultError: The disk is too small, full or fails.
     """
     path, config = Path(dataset), config or GenerateConfig()
     sources = tuple(_source(file) for file in _files(config))
@@ -60,21 +61,27 @@ def generate(
         return there
     refuse_taken_dataset(path, overwrite=overwrite)
     made = _Rows(config)  # damaged files are refused before anything is written
+    training = made.runs(config.train_rows)
+    first = next(training)
     total = config.train_rows + 2 * config.test_rows
+    refuse_small_disk(path, total * first.nbytes // len(first))
     with progress("generate", total, unit="rows") as bar:
 
-        def shown(rows: int) -> Iterator[Rows]:
-            for run in made.runs(rows):
+        def shown(runs: Iterable[Rows]) -> Iterator[Rows]:
+            for run in runs:
                 bar.update(len(run))
                 yield run
+
+        def held_back() -> Iterator[Rows] | Split:
+            return shown(made.runs(config.test_rows)) if config.test_rows else "train"
 
         return write_dataset(
             path,
             generated_schema(config),
             {
-                "train": shown(config.train_rows),
-                "validation": shown(config.test_rows) if config.test_rows else "train",
-                "test": shown(config.test_rows) if config.test_rows else "train",
+                "train": shown(itertools.chain([first], training)),
+                "validation": held_back(),
+                "test": held_back(),
             },
             generation=config,
             sources=sources,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from dlrm.data import criteo
 from dlrm.data.dataset import row_bytes
 from dlrm.device import available_cores
-from dlrm.errors import EnvironmentFaultError
-from dlrm.files import environment_faults
+from dlrm.files import free_bytes, refuse_small_disk, size_text
 
 logger = logging.getLogger("dlrm")
 
@@ -43,9 +41,7 @@ class Plan:
         Raises:
             EnvironmentFaultError: The disk is too small.
         """
-        folder = dataset.absolute().parent
-        with environment_faults(f"write to {folder}"):
-            free = shutil.disk_usage(folder).free
+        free = free_bytes(dataset)
         stored = self.rows * _stored_row_bytes()
         # The spool, narrower than what is stored, is gone by the time that parts are written.
         needed = 2 * stored + (8 * self.rows if self.shuffled else 0) - self.made_bytes
@@ -64,23 +60,11 @@ class Plan:
             f"{self.ceiling / 2**30:.1f} GiB",
             f"; about {_duration(seconds)}" if self.rows else "",
         )
-        if free < needed:
-            raise EnvironmentFaultError(
-                f"{dataset} needs about {size_text(needed)} of disk while it is made, and "
-                f"{size_text(free)} are free in {folder}. Free some space, or choose another place."
-            )
+        refuse_small_disk(dataset, needed)
 
 
 def _stored_row_bytes() -> int:
     return row_bytes(criteo.schema((1,) * len(criteo.SPARSE_NAMES), ""))
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes for a reader: 15.7 kB, 3.1 MB, 7.2 GB."""
-    for unit, length in (("GB", 1e9), ("MB", 1e6)):
-        if size >= length:
-            return f"{size / length:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def _duration(seconds: float) -> str:

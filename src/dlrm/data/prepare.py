@@ -47,7 +47,7 @@ from dlrm.data.dataset import (
     write_part,
 )
 from dlrm.data.fitting import FittedFeature
-from dlrm.data.plan import Plan, size_text
+from dlrm.data.plan import Plan
 from dlrm.data.source_files import PIPE, require_utf8
 from dlrm.data.sources import RawSource, RowSource, find_source, piped_source
 from dlrm.data.splits import (
@@ -64,7 +64,14 @@ from dlrm.data.verification import verify
 from dlrm.data.work import Inputs, Work, as_source, find_differences
 from dlrm.device import available_cores
 from dlrm.errors import EnvironmentFaultError, UserError
-from dlrm.files import FORMAT_VERSION, environment_faults, locked, read_json, write_json
+from dlrm.files import (
+    FORMAT_VERSION,
+    environment_faults,
+    locked,
+    read_json,
+    size_text,
+    write_json,
+)
 from dlrm.progress import progress
 from dlrm.schema import SPLITS, FeatureSchema, Split
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ T = TypeVar("T", int, float)
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 
-PLACEHOLDER = "j"
-"""In the name of a file of stack distances, the number of the table."""
+_PLACEHOLDER = re.compile(r"(?<![^\W_])j(?![^\W_])")
+"""In the name of a file of stack distances, the number of the table: no j of a word."""
 _FEWEST_SLOTS = 1 << 10
 _PIECE = 1 << 20
 """Characters and numbers that are read or written at a time."""
@@ -126,7 +127,8 @@ def refuse_missing(path: Path) -> None:
     """
     if not path.is_file():
         raise UserError(
-            f"{path} is not a file. `dlrm stack-distances` writes such, from a DATASET."
+            f"{path} is not a file. `dlrm stack-distances` writes such, from a DATASET; in the "
+            "name a j that stands alone, as in dist_emb_j.log, is the number of the table."
         )
 
 
@@ -373,8 +375,8 @@ class Accesses:
 
 
 def trace_path(pattern: Path, table: int) -> Path:
-    """Return the file of a table's stack distances: the name's j stands for its number."""
-    return pattern.with_name(pattern.name.replace(PLACEHOLDER, str(table)))
+    """Return the file of a table's stack distances: a j alone in the name stands for its number."""
+    return pattern.with_name(_PLACEHOLDER.sub(str(table), pattern.name))
 
 
 def write_stack_distances(
@@ -384,21 +386,25 @@ def write_stack_distances(
     split: Split = "train",
     features: Sequence[str] = (),
     padding: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Path]:
     """Write the stack distances of a DATASET's sparse features, a file for each.
 
     Args:
         dataset: A DATASET.
-        pattern: The files; j in the name stands for the number of the feature, from 0.
+        pattern: The files; a j alone in the name stands for the place among ``features``, from 0,
+            so that the first is for the first table that is generated.
         split: The rows to measure, in stored order.
-        features: Their names; none: all.
+        features: Their names, in the order of tables; none: all.
         padding: See ``measure``.
+        overwrite: Replace files that are there.
 
     Returns:
         The files by the feature's name.
 
     Raises:
-        UserError: There is no such feature, the name has no j for several, or the split is empty.
+        UserError: There is no such feature, the name has no j for several, a file is there already,
+            or the split is empty.
         EnvironmentFaultError: The disk is full or fails.
     """
     data, pattern = Dataset.open(Path(dataset)), Path(pattern)
@@ -406,22 +412,22 @@ def write_stack_distances(
     for name in features:
         if name not in names:
             raise UserError(f"there is no sparse feature {name!r}. There are {', '.join(names)}.")
-    chosen = list(features) or names
-    if len(chosen) > 1 and PLACEHOLDER not in pattern.name:
+    files = {name: trace_path(pattern, place) for place, name in enumerate(features or names)}
+    if len(set(files.values())) < max(len(features), len(files)):
         raise UserError(
-            f"{pattern} is to be the name of {len(chosen)} files: put a j into it for the number "
-            "of the feature, as in dist_emb_j.log."
+            f"{pattern} is to be the name of {len(files)} files, each of another feature: put a j "
+            "that stands alone into it, for the number, as in dist_emb_j.log."
         )
     if not pattern.parent.is_dir():
         raise UserError(f"{pattern.parent} is not a folder. Make it, or choose another place.")
-    written = {}
-    for name in progress("stack distances", len(chosen), chosen, unit="features"):
+    for file in files.values():
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} exists. Choose another name, or replace it with --overwrite.")
+    for name, file in progress("stack distances", len(files), files.items(), unit="features"):
         number = names.index(name)
         runs = (_ids_of(run, data, number) for run in data.stored_rows(split, 0, data.rows(split)))
-        measured = measure(runs, data.schema.num_embeddings[number], padding=padding)
-        written[name] = trace_path(pattern, number)
-        measured.write(written[name])
-    return written
+        measure(runs, data.schema.num_embeddings[number], padding=padding).write(file)
+    return files
 
 
 def _ids_of(rows: Rows, data: Dataset, number: int) -> Int32Array:

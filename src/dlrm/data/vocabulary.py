@@ -106,6 +106,45 @@ class Vocabulary:
             ) from error
 
 
+class MappedVocabulary:
+    """A vocabulary that stays in its file, of which processes share one copy in memory.
+
+    Args:
+        path: What ``write_vocabulary`` wrote.
+
+    Attributes:
+        parts: Ranges of ascending values.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.parts = [part for part in Vocabulary.read_parts(path, mapped=True) if len(part)]
+        self._first = np.array([part.values[0] for part in self.parts], np.uint32)
+
+    def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
+        """Return the id of each value, (m,), and -1 for those never seen."""
+        if len(self.parts) == 1:
+            return self.parts[0].encode(values)
+        ids = np.full(len(values), -1, np.int32)
+        own = np.searchsorted(self._first, values, side="right") - 1
+        for number, part in enumerate(self.parts):
+            here = own == number
+            ids[here] = part.encode(values[here])
+        return ids
+
+    @property
+    def ids_range(self) -> tuple[int, int]:
+        """The lowest and the highest id; (0, -1) where there is none."""
+        if not self.parts:
+            return 0, -1
+        return (
+            min(int(part.ids.min()) for part in self.parts),
+            max(int(part.ids.max()) for part in self.parts),
+        )
+
+
 def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:
     """Write a vocabulary as an Arrow file and return its SHA-256.
 
@@ -255,6 +294,25 @@ class Encoder:
             [self.features[place] for place in chosen], [self._tables[place] for place in chosen]
         )
 
+    def decode(
+        self, ids: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Return raw values that are encoded as these ids (``values_of_ids``).
+
+        Args:
+            ids: (n, F), as they are stored.
+
+        Returns:
+            Values, (n, F), and whether a row has one for each feature, (n,).
+        """
+        values = np.empty(ids.shape, np.uint32)
+        known = np.ones(len(ids), np.bool_)
+        for index, (feature, table) in enumerate(zip(self.features, self._tables, strict=True)):
+            whole = None if table is None else Vocabulary.joined(table.parts)
+            values[:, index], found = values_of_ids(feature, whole, ids[:, index])
+            known &= found
+        return values, known
+
     def encode(
         self, values: npt.NDArray[np.uint32]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -295,6 +353,43 @@ class Encoder:
             encoded[is_unknown] = feature.other_id
             ids[:, index] = encoded
         return ids, unknown
+
+
+def values_of_ids(
+    feature: SparseFeature, vocabulary: Vocabulary | None, ids: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+    """Return a raw value for each id of a feature: what ``Encoder.encode`` turns into it.
+
+    The id of values that the vocabulary lacks, -1 or the 'other' slot, gets the smallest of these.
+
+    Args:
+        feature: Of the ids.
+        vocabulary: Its vocabulary; None: values are hashed. Of these the first millions are tried.
+        ids: (n,), as they are stored.
+
+    Returns:
+        (n,) each: values, and whether there is one; else it is 0.
+    """
+    limit = feature.value_modulus or 1 << 32
+    if vocabulary is None:
+        tried = np.arange(min(limit, _HASHED_TRIED), dtype=np.uint32)
+        found = hashed(tried, feature.hash_buckets)
+    else:
+        others = np.setdiff1d(
+            np.arange(min(limit, len(vocabulary) + 1), dtype=np.uint32),
+            vocabulary.values[: len(vocabulary) + 1],
+            assume_unique=True,
+        )[:1]
+        tried = np.concatenate([vocabulary.values, others])
+        found = np.concatenate([vocabulary.ids, np.full(len(others), feature.other_id, np.int32)])
+    place = np.full(max(feature.num_embeddings, int(found.max(initial=0)) + 1) + 1, -1)
+    place[found] = np.arange(len(found))  # -1 is the last
+    known = ids < len(place) - 1
+    places = np.where(known, place[np.where(known, ids, 0)], -1)
+    return np.where(places >= 0, tried[places], 0).astype(np.uint32), places >= 0
+
+
+_HASHED_TRIED = 1 << 22
 
 
 def _refuse_damaged(path: Path, parts: Sequence[Vocabulary], feature: SparseFeature) -> None:

@@ -136,9 +136,14 @@ class Arena(nn.Module):
         self.arena.grad = None
 
     @property
+    def stored(self) -> Tensor:
+        """What holds its tables, a row each vector: numbers, or codes where it is quantized."""
+        return self.arena if self.quantized is None else self.quantized.codes
+
+    @property
     def nbytes(self) -> int:
         """What its tables take, quantized or not."""
-        return self.arena.nbytes if self.quantized is None else self.quantized.codes.nbytes
+        return self.stored.nbytes
 
     def split(self, per_row: Tensor) -> list[Tensor]:
         """Return a view of each table's part of a tensor whose first axis is the arena's rows."""
@@ -161,12 +166,17 @@ class NamedTables(nn.Module):
         """The arenas that training moves, each with the names of its tables."""
         raise NotImplementedError
 
+    @property
+    def stored_arenas(self) -> Mapping[Arena, Sequence[str]]:
+        """All arenas, those that training does not move too, with the names of their tables."""
+        return self.arenas
+
     def tables(self) -> dict[str, Tensor]:
         """Return all tables by their names in a state dict, as views of their storage."""
         return {
             name: table
-            for arena, names in self.arenas.items()
-            for name, table in zip(names, arena.split(arena.arena), strict=True)
+            for arena, names in self.stored_arenas.items()
+            for name, table in zip(names, arena.split(arena.stored), strict=True)
         }
 
     @property

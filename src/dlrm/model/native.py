@@ -2,8 +2,8 @@
 
 Activations lie in panels: (panels, features, P), where P rows of a batch (``panel_rows``) stand
 side by side, feature by feature; native/kernels.h says why.
-A batch goes through in parts of ``PART_ROWS``, so that the memory of activations does not grow with
-the batch. Scoring, which keeps none, is one operator.
+A batch goes through in parts of ``part_rows()``, so that the memory of activations does not grow
+with the batch. Scoring, which keeps none, is one operator.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ from dlrm.model.quantized import is_quantized
 from dlrm.model.variants import PartArena, VariantSparseArch
 from dlrm.ops.library import library
 
-PART_ROWS = 2048
-"""A multiple of every instruction set's panel."""
+
+def part_rows() -> int:
+    """Return how many rows go through at a time, a multiple of the panel.
+
+    Fewer keep activations in the second cache, more fetch the weights less often. With AVX-512,
+    whose panels have 32 rows, the former is worth more, else the latter (docs/bench.md).
+    """
+    return 512 if torch.ops.dlrm.panel_rows() == 32 else 2048
 
 
 def supports(model: DLRM, amp: Amp = "O0") -> tuple[bool, str]:
@@ -137,6 +143,7 @@ class NativeForward:
         self.dense = Stack(model.dense_arch)
         self.over = Stack(model.over_arch)
         self._width = torch.ops.dlrm.panel_rows()
+        self._part_rows = part_rows()
         self._activations: dict[int, Activations] = {}
 
     def lookups(self, batch: Batch) -> Lookups:
@@ -151,17 +158,17 @@ class NativeForward:
     def parts(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
         """Cut a batch into parts; yields the first row of each, and the part."""
         rows = len(batch)
-        if rows <= PART_ROWS:
+        if rows <= self._part_rows:
             yield 0, batch
             return
-        for start in range(0, rows, PART_ROWS):
-            yield start, batch.rows(start, start + PART_ROWS)
+        for start in range(0, rows, self._part_rows):
+            yield start, batch.rows(start, start + self._part_rows)
 
     def __call__(self, part: Batch) -> Activations:
         """Run a part through the model.
 
         Args:
-            part: At most ``PART_ROWS`` rows.
+            part: At most ``part_rows()`` rows.
 
         Returns:
             Its activations, until the next call; the logits are the first ``len(part)`` elements
@@ -243,6 +250,6 @@ class NativeForward:
             self.over.biases,
             self.dot,
             self.itself,
-            PART_ROWS,
+            self._part_rows,
         )
         return logits

@@ -49,7 +49,7 @@ def quantize(model: DLRM, config: QuantizationConfig) -> None:
     with torch.no_grad():
         for arena in model.sparse_arch.arenas:
             if config.quantize_emb_with_bit != 32 and not isinstance(arena, PoolingWeights):
-                arena.quantized = QuantizedTables(arena.arena, config.quantize_emb_with_bit)
+                arena.quantized = QuantizedTables.of(arena.arena, config.quantize_emb_with_bit)
                 arena.arena = nn.Parameter(arena.arena[:0].clone(), requires_grad=False)
         for mlp in (model.dense_arch, model.over_arch):
             for number, layer in enumerate(mlp.layers):

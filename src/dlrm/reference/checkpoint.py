@@ -8,6 +8,7 @@ The optimizer numbers parameters in that order.
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections import OrderedDict
@@ -68,8 +69,12 @@ def read_checkpoint(path: Path) -> ReferenceCheckpoint:
         UserError: It is missing, damaged, holds objects other than tensors and numbers, or lacks
             what the reference writes.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file. Name one that the reference's --save-model wrote.")
     content = _load(path)
     try:
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds {type(content).__name__}, not a dictionary")
         weights = {str(name): tensor for name, tensor in content["state_dict"].items()}
         optimizer_content = content["opt_state_dict"]
         state = {int(number): entry for number, entry in optimizer_content.get("state", {}).items()}
@@ -88,15 +93,44 @@ def read_checkpoint(path: Path) -> ReferenceCheckpoint:
             test_accuracy=float(content["test_acc"]),
             test_auc=float(content["test_auc"]) if "test_auc" in content else None,
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is not a checkpoint of the reference ({type(error).__name__}: {error}): "
             "expected what its --save-model writes, with state_dict, opt_state_dict, epoch, iter, "
             "nepochs, nbatches, nbatches_test, train_loss and test_acc. Name such a file."
         ) from error
-    if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{path} is damaged: its state_dict holds something else than tensors.")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path} is damaged: its state_dict holds something else than tensors.")
+        _refuse_odd(path, name, tensor, 2 if "weight" in name else 1)
+    for name, number in (
+        ("epoch", checkpoint.epoch),
+        ("iter", checkpoint.iteration),
+        ("nepochs", checkpoint.epochs),
+        ("nbatches", checkpoint.batches),
+        ("nbatches_test", checkpoint.test_batches),
+    ):
+        if not 0 <= number < 2**53:
+            raise UserError(f"{path} is damaged: {name} is {number}, expected a count.")
+    rate = checkpoint.learning_rate
+    if rate is not None and not 0 <= rate < math.inf:
+        raise UserError(f"{path} is damaged: its learning rate is {rate}, expected a number ≥ 0.")
     return checkpoint
+
+
+def _refuse_odd(path: Path, name: str, tensor: Tensor, dimensions: int) -> None:
+    """Refuse a tensor of a kind that the reference does not write."""
+    of = str(tensor.dtype).removeprefix("torch.")
+    found = f"{tensor.dim()} dimensions of {of}"
+    found += "" if tensor.layout == torch.strided else ", sparse"
+    found += " without values" * tensor.is_meta
+    if found != f"{dimensions} dimensions of float32":
+        raise UserError(
+            f"{path}: {name} is expected to have {dimensions} dimensions of float32, as the "
+            f"reference writes it, got {found}. Name a file that its --save-model wrote."
+        )
 
 
 def convert(
@@ -127,18 +161,8 @@ def convert(
     tensors = {f"model.{name}": checkpoint.weights[theirs[name]] for name in theirs}
     for name in shapes.keys() - theirs.keys():  # fixed pooling weights
         tensors[f"model.{name}"] = torch.ones(shapes[name])
-    for number, name in enumerate(theirs):
-        for kind, value in checkpoint.optimizer_state.get(number, {}).items():
-            # The reference's row-wise Adagrad calls a table's accumulator its momentum.
-            if kind in ("sum", "momentum"):
-                ours = "row_sum" if kind == "momentum" else "sum"
-                shape = shapes[name][:1] if kind == "momentum" else shapes[name]
-                if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                    raise UserError(
-                        f"{checkpoint.path} is damaged: the {kind} of {theirs[name]} is expected "
-                        f"to have shape {shape}, got {getattr(value, 'shape', value)!r}."
-                    )
-                tensors[f"optimizer.{name}.{ours}"] = value
+    if checkpoint.optimizer in ("adagrad", "rowwise_adagrad"):
+        tensors |= _accumulators(checkpoint, shapes, theirs)
     if checkpoint.iteration % accumulate_batches and checkpoint.iteration != checkpoint.batches:
         raise UserError(
             f"{checkpoint.path} was saved after mini-batch {checkpoint.iteration}, within a step "
@@ -150,6 +174,34 @@ def convert(
     position = Position(checkpoint.epoch, step, checkpoint.epoch * steps + step)
     # It says nothing of the data it was trained on, so any DATASET of these shapes will do.
     return tensors, CheckpointInfo(position, model, "", checkpoint.optimizer)
+
+
+def _accumulators(
+    checkpoint: ReferenceCheckpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    theirs: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """Return the optimizer's state, by the names that a checkpoint of ours has."""
+    found = {}
+    for number, name in enumerate(theirs):
+        state = checkpoint.optimizer_state.get(number, {})
+        # The reference's row-wise Adagrad calls a table's accumulator its momentum.
+        is_of_rows = checkpoint.optimizer == "rowwise_adagrad" and "momentum" in state
+        kind, ours = ("momentum", "row_sum") if is_of_rows else ("sum", "sum")
+        shape, value = shapes[name][:1] if is_of_rows else shapes[name], state.get(kind)
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            raise UserError(
+                f"{checkpoint.path} is damaged: the {kind} of {theirs[name]} is expected to have "
+                f"shape {shape}, got {getattr(value, 'shape', value)!r}."
+            )
+        _refuse_odd(checkpoint.path, f"the {kind} of {theirs[name]}", value, len(shape))
+        found[f"optimizer.{name}.{ours}"] = value
+    if surplus := checkpoint.optimizer_state.keys() - set(range(len(theirs))):
+        raise UserError(
+            f"{checkpoint.path} is damaged: it holds the optimizer state of parameter "
+            f"{min(surplus)}, and there are {len(theirs)}."
+        )
+    return found
 
 
 def write_checkpoint(

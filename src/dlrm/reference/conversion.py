@@ -39,9 +39,9 @@ from dlrm.data.prepared import recognise
 from dlrm.errors import UserError
 from dlrm.files import (
     FORMAT_VERSION,
+    atomic_folder,
     environment_faults,
     link_or_copy,
-    locked,
     read_json,
     write_json,
 )
@@ -81,8 +81,9 @@ class _Numbers:
     nepochs: int
     nbatches: int
     nbatches_test: int
-    train_loss: float
-    test_acc: float
+    train_loss: float | None
+    """None, here and below: not a number, which JSON has no word for."""
+    test_acc: float | None
     test_auc: float | None = None
     """None: it was saved without --mlperf-logging."""
     format_version: str = FORMAT_VERSION
@@ -126,7 +127,7 @@ def import_checkpoint(
 
 
 def write_run(loaded: ReferenceCheckpoint, run: Run) -> Converted:
-    """Write a RUN that holds what a ``.pt`` does.
+    """Write a RUN that holds what a ``.pt`` does; it appears complete or not at all.
 
     Args:
         loaded: The ``.pt``.
@@ -137,16 +138,17 @@ def write_run(loaded: ReferenceCheckpoint, run: Run) -> Converted:
         EnvironmentFaultError: The disk is full or read-only.
     """
     tensors, info = convert(loaded, run.schema, run.config.model)
-    with locked(run.path, "run"), environment_faults(f"write to {run.path}"):
-        (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_checkpoint(run.checkpoint("newest"), tensors, info)
-        link_or_copy(run.checkpoint("newest"), run.checkpoint("best"))
+    with atomic_folder(run.path, "run") as partial, environment_faults(f"write to {run.path}"):
+        made = dataclasses.replace(run, path=partial)
+        made.checkpoint("newest").parent.mkdir()
+        save_checkpoint(made.checkpoint("newest"), tensors, info)
+        link_or_copy(made.checkpoint("newest"), made.checkpoint("best"))
         if (run.dataset / "schema.json").exists():
-            copy_description(run.dataset, run.path, run.schema)
+            copy_description(run.dataset, partial, run.schema)
         else:
-            write_schema(run.path, run.schema)
+            write_schema(partial, run.schema)
         write_json(
-            run.path / _NUMBERS,
+            partial / _NUMBERS,
             _Numbers(
                 nepochs=loaded.epochs,
                 nbatches=loaded.batches,
@@ -156,22 +158,30 @@ def write_run(loaded: ReferenceCheckpoint, run: Run) -> Converted:
                 test_auc=loaded.test_auc,
             ),
         )
-        write_config(run.path / "config.toml", run.config, run.dataset)
+        write_config(partial / "config.toml", run.config, run.dataset)
     return _converted(loaded.path, run.path, tensors, info)
 
 
-def export_checkpoint(run: Path, target: Path, which: Which = "best") -> Converted:
+def export_checkpoint(
+    run: Path, target: Path, which: Which = "best", *, overwrite: bool = False
+) -> Converted:
     """Write a RUN's checkpoint as a ``.pt`` that the reference loads.
 
     Args:
         run: What ``dlrm train`` or ``dlrm convert`` made.
-        target: The file to write; one that is there is replaced.
+        target: The file to write.
         which: Which of its checkpoints.
+        overwrite: Replace a file that is there.
 
     Raises:
-        UserError: It is no RUN, or holds what the reference has no place for.
+        UserError: It is no RUN, or holds what the reference has no place for; or the file is there.
         EnvironmentFaultError: The disk is full or read-only.
     """
+    if target.exists() and not overwrite:
+        raise UserError(
+            f"{target} is there already, and is not overwritten. Choose another file, or replace "
+            "it with --overwrite."
+        )
     opened = Run.open(run)
     place = opened.checkpoint(which)
     info = read_info(place)
@@ -182,10 +192,10 @@ def export_checkpoint(run: Path, target: Path, which: Which = "best") -> Convert
         optimizer.load_state(state)
     numbers = _numbers_of(opened, info)
     content = {
-        name: value
+        name: math.nan if value is None else value
         for name, value in dataclasses.asdict(numbers).items()
         # Without an AUC the reference has no such key.
-        if value is not None and name != "format_version"
+        if name != "format_version" and (name, value) != ("test_auc", None)
     }
     if not (run / _NUMBERS).exists():
         step = info.position.step * opened.config.accumulate_batches

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrm.config import LossConfig
+from dlrm.config import LossConfig, TrainConfig
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset
 from dlrm.files import atomic_write
@@ -44,13 +44,15 @@ class DebugPrints(Events):
 
     def on_start(self, start: Start) -> None:
         """Print everything that is known before the first step."""
-        self._model = model = start.model
+        self._model = start.model
+        self.show(start.model)
+
+    def show(self, model: DLRM) -> None:
+        """Print a model that training begins with, or that is tested alone."""
         for line in self._architecture(model):
             say(line)
         say("data (inputs and targets):")
-        config = start.config
-        count = min(PRINTED_BATCHES, -(-start.train_rows // config.mini_batch_size))
-        for number, batch in enumerate(self._batches(model, config.mini_batch_size, count)):
+        for number, batch in enumerate(self._batches()):
             say(f"mini-batch: {number}")
             for text in _inputs(batch, len(model.tables)):
                 say(text)
@@ -99,10 +101,12 @@ class DebugPrints(Events):
         yield (f"# of embeddings (= # of sparse features) {len(rows)}, with dimensions {lengths}x:")
         yield str(np.array(rows))
 
-    def _batches(self, model: DLRM, mini_batch_size: int, count: int) -> Iterator[Batch]:
-        schema = self._data.schema.with_max_ind_range(self._request.train.max_ind_range)
+    def _batches(self) -> Iterator[Batch]:
+        config = self._request.train
+        schema = self._data.schema.with_max_ind_range(config.max_ind_range)
+        count = min(PRINTED_BATCHES, config.num_batches or PRINTED_BATCHES)
         with closing(
-            self._data.batches("train", mini_batch_size, schema=schema, num_batches=count)
+            self._data.batches("train", config.mini_batch_size, schema=schema, num_batches=count)
         ) as batches:
             yield from batches
 
@@ -149,13 +153,24 @@ class ComputeGraph(Events):
     def on_stop(self, stop: Stop) -> None:
         """Write the file."""
         assert self._start is not None
-        config, model = self._start.config, self._start.model
-        schema = self._data.schema.with_max_ind_range(config.max_ind_range)
-        batches = self._data.batches("train", config.mini_batch_size, schema=schema, num_batches=1)
-        with closing(batches):
-            text = graph_of(model, next(iter(batches)).to(model.device), config.loss)
-        with atomic_write(self._path) as file:
-            file.write(text.encode())
+        write_graph(self._path, self._start.model, self._data, self._start.config)
+
+
+def write_graph(path: Path, model: DLRM, data: Dataset, config: TrainConfig) -> None:
+    """Write the graph of the first mini-batch's loss, for Graphviz.
+
+    Args:
+        path: The .dot file.
+        model: Its gradients stay as they are.
+        data: Where the mini-batch comes from.
+        config: Its size, and the loss.
+    """
+    schema = data.schema.with_max_ind_range(config.max_ind_range)
+    batches = data.batches("train", config.mini_batch_size, schema=schema, num_batches=1)
+    with closing(batches):
+        text = graph_of(model, next(iter(batches)).to(model.device), config.loss)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def graph_of(model: DLRM, batch: Batch, loss: LossConfig) -> str:

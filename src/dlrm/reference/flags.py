@@ -455,8 +455,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--data-trace-file",
             "./input/dist_emb_j.log",
-            "With --data-generation=synthetic: the stack distances of each table's ids; j in the "
-            "file's name stands for its number. `dlrm stack-distances` writes such.",
+            "With --data-generation=synthetic: the stack distances of each table's ids; a j alone "
+            "in the file's name stands for its number. `dlrm stack-distances` writes such.",
             str,
             ("data_trace_file",),
         ),
@@ -544,7 +544,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--debug-mode",
             False,
             "Print the architecture, the first 3 mini-batches, and the weights before and after "
-            "training, long tensors shortened.",
+            "training, or with --inference-only once, long tensors shortened.",
         ),
         Flag(
             "--print-precision",
@@ -588,14 +588,15 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--mlperf-acc-threshold",
             0.0,
-            "Stop once the test accuracy (0 … 1) reaches this; acts with --mlperf-logging.",
+            "Stop once the test accuracy (0 … 1) reaches this; acts with --mlperf-logging and "
+            "--test-freq.",
             float,
             ("target_accuracy",),
         ),
         Flag(
             "--mlperf-auc-threshold",
             0.0,
-            "Stop once the test AUC reaches this; acts with --mlperf-logging.",
+            "Stop once the test AUC reaches this; acts with --mlperf-logging and --test-freq.",
             float,
             ("target_auc",),
         ),
@@ -630,7 +631,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--save-onnx",
             False,
-            "Write the final model as ONNX into RUN/bundle, as `dlrm export` does.",
+            "Write the final model as ONNX into RUN/bundle, as `dlrm export --format onnx` does.",
         ),
         Flag("--inference-only", False, "Test --load-model once, without training."),
         Flag(

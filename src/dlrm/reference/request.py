@@ -107,7 +107,12 @@ class Request:
             second += ["--profile", str(self.profile)] if self.profile else []
             commands = [first, second]
         if self.save_onnx:
-            commands.append(["dlrm", "export", run, str(self.save_onnx), "--checkpoint", "newest"])
+            commands.append(
+                [
+                    *("dlrm", "export", run, str(self.save_onnx)),
+                    *("--format", "onnx", "--checkpoint", "newest"),
+                ]
+            )
         return [shlex.join(command) for command in commands]
 
 
@@ -250,6 +255,8 @@ def _generation(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Gener
     acting = dict(settings)
     if values["data_generation"] != "synthetic":
         del acting["data_trace_file"]
+    if values["num_batches"] > 0:
+        del acting["data_size"]
     return _build(GenerateConfig, {**acting, "dense_features": values["arch_mlp_bot"][0]})
 
 
@@ -361,7 +368,6 @@ _OF_GAUSSIAN = tuple(f"rand_data_{name}" for name in ("min", "max", "mu", "sigma
 _OF_TRACES = ("data_trace_file", "data_trace_enable_padding")
 _OF_MADE_UP_ROWS = (
     "arch_embedding_size",
-    "data_size",
     "num_indices_per_lookup",
     "num_indices_per_lookup_fixed",
 )
@@ -374,6 +380,10 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
     no_effect = {
         **dict.fromkeys(_OF_FILES, (kind != "dataset", "on made-up rows")),
         **dict.fromkeys(_OF_MADE_UP_ROWS, (kind == "dataset", "with --data-generation=dataset")),
+        "data_size": (
+            kind == "dataset" or values["num_batches"] > 0,
+            "with --data-generation=dataset" if kind == "dataset" else "beside --num-batches",
+        ),
         **dict.fromkeys(_OF_TRACES, (kind != "synthetic", "without --data-generation=synthetic")),
         "rand_data_dist": (kind != "random", "without --data-generation=random"),
         **dict.fromkeys(_OF_GAUSSIAN, (not is_gaussian, "without --rand-data-dist=gaussian")),
@@ -401,13 +411,13 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
                 "without --memory-map, --mlperf-logging and --data-set=terabyte",
             ),
         ),
+        "mlperf_grad_accum_iter": (not values["mlperf_logging"], "without --mlperf-logging"),
         **dict.fromkeys(
-            ("debug_mode", "plot_compute_graph", "enable_profiling"),
-            (values["inference_only"], "with --inference-only: nothing is trained"),
-        ),
-        **dict.fromkeys(
-            ("mlperf_acc_threshold", "mlperf_auc_threshold", "mlperf_grad_accum_iter"),
-            (not values["mlperf_logging"], "without --mlperf-logging"),
+            ("mlperf_acc_threshold", "mlperf_auc_threshold"),
+            (
+                not values["mlperf_logging"] or values["test_freq"] <= 0,
+                "without --mlperf-logging and --test-freq",
+            ),
         ),
         "print_precision": (not values["debug_mode"], "without --debug-mode"),
         "lr_decay_start_step": (values["lr_num_decay_steps"] == 0, "without --lr-num-decay-steps"),
@@ -415,9 +425,9 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
             values["test_freq"] <= 0 or values["inference_only"],
             "unless training is tested: a model is saved after a test. Use --test-freq",
         ),
-        "tensor_board_filename": (
-            values["inference_only"],
-            "with --inference-only: nothing is trained",
+        **dict.fromkeys(
+            ("enable_profiling", "tensor_board_filename"),
+            (values["inference_only"], "with --inference-only: nothing is trained"),
         ),
         **dict.fromkeys(
             ("quantize_mlp_with_bit", "quantize_emb_with_bit"),

@@ -22,7 +22,7 @@ from dlrm.files import environment_faults
 from dlrm.model.quantized import refuse_quantization
 from dlrm.reference.checkpoint import ReferenceCheckpoint, convert, read_checkpoint
 from dlrm.reference.conversion import write_run
-from dlrm.reference.debug import ComputeGraph, DebugPrints
+from dlrm.reference.debug import ComputeGraph, DebugPrints, write_graph
 from dlrm.reference.log import ProgressBar, ReferenceLog, announce_loaded, say
 from dlrm.reference.request import Request, in_reference_terms
 from dlrm.runs import Run
@@ -85,9 +85,15 @@ def _run(request: Request) -> None:
     elif request.inference_only:
         _import(loaded, request, data)
         announce_loaded(loaded, request.mlperf_logging)
+        config = request.train
+        if request.debug_mode or request.plot_compute_graph:
+            model = Run.open(request.run).load_model("newest", device)
+            if request.debug_mode:
+                DebugPrints(request, data).show(model)
+            if request.plot_compute_graph:
+                write_graph(request.run / "graph.dot", model, data, config)
         say("time/loss/accuracy (if enabled):")
         say("Testing for inference only")
-        config = request.train
         result = evaluate(
             request.run,
             "test",
@@ -107,10 +113,11 @@ def _run(request: Request) -> None:
     else:
         _continue(loaded, request, data, log)
     if request.save_onnx:
-        exported = export(request.run, request.save_onnx, checkpoint="newest")
+        exported = export(request.run, request.save_onnx, format="onnx", checkpoint="newest")
+        compared = exported.compared
         say(
             f"# {request.save_onnx / 'model.onnx'}: in onnxruntime, probabilities of "
-            f"{exported.compared_rows} rows differ by up to {exported.largest_difference:.1e}"
+            f"{compared.rows} rows differ by up to {compared.largest_foreign_difference:.1e}"
         )
     # Not among the reference's lines on standard output, which others parse.
     logger.info("the run is in %s", request.run)

@@ -128,27 +128,46 @@ class Checkpoints:
         Raises:
             UserError: All are damaged.
         """
-        steps = self.steps()
-        faults = []
-        for step in reversed(steps):
-            try:
-                progress = self.read(step)
-                if progress.best_step not in (None, step):
-                    self.read(progress.best_step)
-            except UserError as error:
-                logger.warning("%s", error)
-                faults.append(str(error))
+        faults: dict[int, str] = {}
+        lacking: tuple[int, int] | None = None  # the newest whose best is damaged, and that one
+        for step in reversed(self.steps()):
+            progress = self._read_or_warn(step, faults)
+            if progress is None:
                 continue
-            if faults:
-                logger.warning("going on from the checkpoint before, of step %d", step)
-            return progress
-        if steps:
-            raise UserError(
-                f"{self._folder} has no checkpoint left that can be resumed exactly: {faults[0]} "
+            best = progress.best_step
+            if best is None or best == step or self._read_or_warn(best, faults):
+                if faults:
+                    logger.warning("going on from the checkpoint before, of step %d", step)
+                return progress
+            lacking = lacking or (step, best)
+        if not faults:
+            return None
+        why, remedy = (
+            next(iter(faults.values())),
+            (
                 "If newest.safetensors there or best.safetensors is undamaged, a new run takes its "
                 "weights with --continue-from."
-            )
-        return None
+            ),
+        )
+        if lacking:
+            newest, best = lacking
+            why = f"{faults[best]} That is the best so far, which an exact result may need."
+            path = self.tensors_file(newest)
+            remedy = f"A new run takes the newest weights with --continue-from {path}."
+        raise UserError(
+            f"{self._folder} has no checkpoint left that can be resumed exactly: {why} {remedy}"
+        )
+
+    def _read_or_warn(self, step: int, faults: dict[int, str]) -> Progress | None:
+        """Read a checkpoint; None, and noted, where it is damaged."""
+        if step in faults:
+            return None
+        try:
+            return self.read(step)
+        except UserError as error:
+            logger.warning("%s", error)
+            faults[step] = str(error)
+            return None
 
     def read(self, step: int) -> Progress:
         """Read the progress of a checkpoint, and verify both of its files.

@@ -22,6 +22,7 @@ from dlrm.data.dataset import Dataset
 from dlrm.embeddings import common_values
 from dlrm.errors import EnvironmentFaultError
 from dlrm.files import atomic_write, environment_faults
+from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.runs import Run
 from dlrm.training.events import Evaluation, Events, Finish, Report
@@ -92,13 +93,12 @@ class TensorBoard(Events):
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Write the metrics."""
-        metrics = dataclasses.asdict(evaluation.metrics)
-        self._write_scalars(evaluation.position, evaluation.split, metrics)
+        self._write_metrics(evaluation.position, evaluation.split, evaluation.metrics)
 
     def on_finish(self, finish: Finish) -> None:
         """Write the metrics of the trained model, and what the projector shows."""
         for split, metrics in finish.result.metrics.items():
-            self._write_scalars(finish.position, f"trained/{split}", dataclasses.asdict(metrics))
+            self._write_metrics(finish.position, f"trained/{split}", metrics)
         tracking = self._run.config.tracking
         if tracking.tensorboard_projector:
             try:
@@ -130,6 +130,12 @@ class TensorBoard(Events):
                 f"embeddings {{\n  tensor_name: {json.dumps(common.name)}\n"
                 '  tensor_path: "tensors.tsv"\n  metadata_path: "metadata.tsv"\n}\n'.encode()
             )
+
+    def _write_metrics(self, position: Position, group: str, metrics: Metrics) -> None:
+        """Write all but the deciles, which would be 60 charts, and are a figure of the report."""
+        values = dataclasses.asdict(metrics)
+        del values["calibration_by_decile"]
+        self._write_scalars(position, group, values)
 
     def _write_scalars(self, position: Position, group: str, values: Mapping[str, Any]) -> None:
         scalars = [

@@ -1,0 +1,1 @@
+"""Load for a server, from outside: how soon it answers, and whether it stays upright."""

@@ -1,0 +1,174 @@
+"""The server that is measured: one of our own in another process, or one that runs already."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dlrm.errors import EnvironmentFaultError, UserError
+
+_STOP_SECONDS = 60.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+LOCALHOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server listens.
+
+    Attributes:
+        host: Its name or address.
+        port: Of HTTP.
+        grpc_port: Of gRPC.
+        process: Its process, where it is our own.
+    """
+
+    host: str
+    port: int
+    grpc_port: int
+    process: int | None = None
+
+    def get(self, path: str) -> Any:
+        """Return what a path answers, as JSON.
+
+        Raises:
+            UserError: There is no server, or it answers otherwise.
+        """
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            body = answer.read()
+            if answer.status != 200:
+                raise UserError(
+                    f"http://{self.host}:{self.port}{path} answers with status {answer.status}: "
+                    f"{body[:200].decode(errors='replace')}. Expected a server of the Open "
+                    "Inference Protocol; is the model's name right?"
+                )
+            return json.loads(body)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UserError(
+                f"http://{self.host}:{self.port}{path} is not answered as expected: {error}. Start "
+                "`dlrm serve`, or name the right address."
+            ) from error
+        finally:
+            connection.close()
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that its processes have taken so far; NaN: not our own."""
+        if self.process is None:
+            return float("nan")
+        return sum(map(_cpu_seconds, family(self.process)))
+
+    def resident_bytes(self) -> int:
+        """Return the memory that its processes hold alone or share with each other (PSS)."""
+        assert self.process is not None
+        return sum(map(_proportional_bytes, family(self.process)))
+
+
+def family(process: int) -> list[int]:
+    """Return a process and all that descend from it."""
+    found = [process]
+    for each in found:
+        try:
+            for task in os.listdir(f"/proc/{each}/task"):
+                with open(f"/proc/{each}/task/{task}/children") as file:
+                    found += map(int, file.read().split())
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def _cpu_seconds(process: int) -> float:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS  # utime and stime: 14 and 15 in proc(5)
+
+
+def _proportional_bytes(process: int) -> int:
+    try:
+        with open(f"/proc/{process}/smaps_rollup") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:
+        return 0
+    return 1024 * int(lines["Pss"].split()[0])
+
+
+def server_at(url: str, grpc_port: int) -> Server:
+    """Return the server at an address such as http://localhost:8000.
+
+    Raises:
+        UserError: It is no such address.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 80
+    except ValueError as error:
+        raise UserError(f"--url {url!r} is no address: {error}.") from error
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
+        raise UserError(f"--url must be like http://localhost:8000; got {url!r}.")
+    return Server(parts.hostname, port, grpc_port)
+
+
+@contextmanager
+def own_server(model: Path, model_name: str = "dlrm", options: str = "") -> Iterator[Server]:
+    """Serve a model in a process of its own, on free ports of this machine, until the context ends.
+
+    Args:
+        model: A BUNDLE or a RUN.
+        model_name: What it calls the model.
+        options: More of ``dlrm serve``'s, as in a shell.
+
+    Raises:
+        UserError: The server does not take the model or the options.
+        EnvironmentFaultError: It does not become ready.
+    """
+    command = [sys.executable, "-m", "dlrm", "serve", str(model), "--host", LOCALHOST]
+    command += ["--port", "0", "--grpc-port", "0", "--model-name", model_name]
+    command += shlex.split(options)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+        )
+        try:
+            yield _when_ready(process, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def _when_ready(process: subprocess.Popen[bytes], log: Any) -> Server:
+    """Wait for the line in which a server tells where it listens."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        status = process.wait()
+        log.seek(0)
+        said = "\n".join(log.read().decode(errors="replace").strip().splitlines()[-5:])
+        message = f"dlrm serve did not start: {said}"
+        raise UserError(message) if status == 2 else EnvironmentFaultError(message)
+    places = json.loads(line)
+    ports = [urlsplit(f"//{places[each].rpartition('/')[2]}").port for each in ("http", "grpc")]
+    assert ports[0] is not None
+    assert ports[1] is not None
+    return Server(LOCALHOST, ports[0], ports[1], process.pid)

@@ -1,0 +1,157 @@
+"""A process that answers requests, until its supervisor ends or tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlrm.config import ServeConfig
+from dlrm.errors import EnvironmentFaultError, UserError
+from dlrm.serve.access import AccessLog
+from dlrm.serve.batching import Batcher
+from dlrm.serve.http import Http
+from dlrm.serve.metrics import Metrics
+from dlrm.serve.model import ServedModel
+from dlrm.serve.service import Service
+
+logger = logging.getLogger("dlrm")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker shares with others.
+
+    Attributes:
+        listener: Of HTTP; all workers accept from it.
+        grpc_address: Which each worker binds anew; empty: no gRPC.
+        metrics: A folder.
+    """
+
+    listener: socket.socket
+    grpc_address: str
+    metrics: Path
+
+
+def run_worker(config: ServeConfig, place: Place, control: socket.socket) -> int:
+    """Answer requests; returns the exit status of the process.
+
+    Args:
+        config: Limits.
+        place: Where.
+        control: To the supervisor: it tells what to load, and is told how that went.
+    """
+    # A batch is scored by one thread: a team of them waits for its slowest, whose core may be busy
+    # with requests or somebody else's work. On two busy cores that is 20 ms instead of 2.
+    torch.set_num_threads(1)
+    _allow_files(2 * config.max_connections + 256)
+    # The event loop waits at most so long for a thread that reads a large request.
+    sys.setswitchinterval(0.001)
+    return asyncio.run(_Worker(config, place, control).run())
+
+
+def _allow_files(count: int) -> None:
+    """Raise how many files and connections may be open, as far as that goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class _Worker:
+    def __init__(self, config: ServeConfig, place: Place, control: socket.socket) -> None:
+        self._config = config
+        self._place = place
+        self._control = control
+        self._told: list[asyncio.Future[str]] = []
+        self._ends = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ends.set)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # meant for the supervisor
+        reader, self._writer = await asyncio.open_connection(sock=self._control)
+        metrics = Metrics(self._place.metrics)
+        batcher = Batcher(self._config, metrics)
+        self._service = Service(self._config, metrics, batcher, self._ask_for_reload)
+        access = AccessLog(self._config.access_log)
+        http = Http(self._service, access)
+        listening = await loop.create_server(http.server, sock=self._place.listener)
+        rpc = None
+        if self._place.grpc_address:
+            from dlrm.serve.rpc import Rpc
+
+            rpc = Rpc(self._service, access)
+            rpc.server.add_insecure_port(self._place.grpc_address)
+            await rpc.server.start()
+        listens = asyncio.create_task(self._listen(reader))
+        await self._ends.wait()
+
+        # Those who send requests learn first that they should no more, and what they send until
+        # then is answered.
+        self._service.draining = True
+        await asyncio.sleep(self._config.drain_seconds)
+        listening.close()
+        grace = self._config.shutdown_timeout
+        stopping = [http.server.shutdown(grace)]
+        if rpc is not None:
+            stopping.append(rpc.server.stop(grace))
+        await asyncio.gather(*stopping)
+        await batcher.close()
+        listens.cancel()
+        return 0
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Do what the supervisor says."""
+        while line := await reader.readline():
+            message = json.loads(line)
+            if "load" in message:
+                await self._load(Path(message["load"]))
+            else:
+                for each in self._told:
+                    each.set_result(message["reloaded"])
+                self._told.clear()
+        self._ends.set()  # without a supervisor nobody could end this process
+
+    async def _load(self, path: Path) -> None:
+        outcome: dict[str, Any]
+        try:
+            model = await asyncio.to_thread(self._load_and_warm_up, path)
+        except (UserError, EnvironmentFaultError) as error:
+            outcome = {"failed": str(error)}
+        except Exception as error:
+            logger.error("cannot load %s", path, exc_info=error)
+            outcome = {"failed": f"{type(error).__name__}: {error}"}
+        else:
+            self._service.serve(model)
+            # What is there now stays: to look through it for garbage takes tens of milliseconds.
+            gc.collect()
+            gc.freeze()
+            outcome = {"loaded": model.version}
+        self._say(outcome)
+
+    def _load_and_warm_up(self, path: Path) -> ServedModel:
+        model = ServedModel.load(path, self._config.model_name, self._config.max_request_rows)
+        model.warm_up(self._config.max_batch_rows)
+        return model
+
+    async def _ask_for_reload(self) -> str:
+        told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._told.append(told)
+        self._say({"reload": os.getpid()})
+        return await told
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._writer.write(json.dumps(message).encode() + b"\n")
