@@ -9,8 +9,10 @@ What a page's fence says beside the language decides:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -71,14 +73,26 @@ def scratch(clone: Path) -> Path:
     return folder
 
 
+def free_ports() -> dict[str, str]:
+    """Ports that nobody listens on, for those that pages name."""
+    found = {}
+    with contextlib.ExitStack() as stack:
+        for named in ("8000", "8001"):
+            made = stack.enter_context(socket.socket())
+            made.bind(("127.0.0.1", 0))
+            found[named] = str(made.getsockname()[1])
+    return found
+
+
 def run_blocks(page: Path, folder: Path, environment: dict[str, str]) -> None:
+    ports = free_ports()
     for block in read_blocks(page):
         if block.kind not in ("bash", "python"):
             continue
         program = ["bash", "-euo", "pipefail"] if block.kind == "bash" else [sys.executable, "-"]
         result = subprocess.run(
             program,
-            input=block.text,
+            input=re.sub(r"\b800[01]\b", lambda found: ports[found[0]], block.text),
             cwd=folder,
             env=environment,
             text=True,

@@ -144,7 +144,7 @@ def commands(
 MIDST = {
     "dlrm prepare": "before replace .*/part-train",
     "dlrm evaluate": "before score",
-    "dlrm predict": "amid write .*csv",
+    "dlrm predict": "before replace .*journal",
     "dlrm export": r"amid write .*model\.safetensors",
     "dlrm generate": "amid write .*arrow",
     "dlrm stack-distances": "amid write .*ids_1",

@@ -179,6 +179,14 @@ def test_a_part_outside_the_dataset(dataset: Path, tmp_path: Path, name: str) ->
         Dataset.open(folder)
 
 
+@pytest.mark.parametrize("clicks", [HUGE, -1])
+def test_clicks_of_more_rows_than_there_are(dataset: Path, tmp_path: Path, clicks: int) -> None:
+    folder = copied(dataset, tmp_path / "dataset")
+    edit(folder / "manifest.json", lambda it: it["splits"]["train"].update(clicks=clicks))
+    with pytest.raises(UserError, match=rf"is damaged: {clicks} clicks in the 2\d\d\d rows of the"):
+        Dataset.open(folder)
+
+
 @pytest.mark.parametrize("rows", [HUGE, -1])
 def test_rows_that_do_not_fit_into_a_part(dataset: Path, tmp_path: Path, rows: int) -> None:
     folder = copied(dataset, tmp_path / "dataset")

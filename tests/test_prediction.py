@@ -13,7 +13,8 @@ from dlrm.data import criteo
 from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
 from dlrm.evaluation import evaluate
-from dlrm.prediction import load, predict_file
+from dlrm.predicting.files import predict_file
+from dlrm.prediction import load
 from dlrm.training.begin import train
 
 CONFIG = TrainConfig(

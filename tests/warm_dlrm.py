@@ -2,7 +2,7 @@
 
 ``python warm_dlrm.py serve SOCKET`` imports everything once, then runs each command in a fork of
 its own, with the caller's folder, input and output. ``python warm_dlrm.py call SOCKET …`` is that
-caller, and ends with the command's status.
+caller, which passes signals on and ends with the command's status.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import traceback
 
 
 def serve(path: str) -> None:
-    for name in ("data.synthetic", "pipeline", "reference.runner"):
+    for name in ("data.synthetic", "pipeline", "reference.runner", "serve.supervisor"):
         importlib.import_module(f"dlrm.{name}")
     from dlrm.cli import main
 
@@ -35,6 +35,7 @@ def serve(path: str) -> None:
                 for standard, file in enumerate(files):
                     os.dup2(file, standard)
                 os.chdir(folder)
+                caller.send(os.getpid().to_bytes(4, "little"))
                 status = 1
                 try:
                     main(arguments)
@@ -54,6 +55,9 @@ def call(path: str, arguments: list[str]) -> int:
         server.connect(path)
         message = json.dumps([os.getcwd(), *arguments]).encode()
         socket.send_fds(server, [message], [0, 1, 2])
+        process = int.from_bytes(server.recv(4), "little")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: os.kill(process, number))
         return (server.recv(1) or b"\1")[0]
 
 

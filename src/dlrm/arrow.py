@@ -36,8 +36,8 @@ def open_arrow(path: Path, *, mapped: bool = False) -> Iterator[Any]:
 
     Args:
         path: The file.
-        mapped: What is read is a memory map, which processes share and which is not read before it
-            is looked at; the file must not change.
+        mapped: Map it into memory, which processes share and which is not read before it is looked
+            at; the file must not change. What is made of its batches keeps it mapped.
 
     Raises:
         pyarrow.ArrowInvalid: The file is damaged, or holds what none of ours does.

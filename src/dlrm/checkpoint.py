@@ -134,6 +134,16 @@ def verify(path: Path) -> str:
     return checksum
 
 
+def checksum_of(path: Path) -> str:
+    """Return the checksum that a checkpoint says it has; empty where format 1.1 had none yet.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    with _open(path) as file:
+        return str((file.metadata() or {}).get("sha256", ""))
+
+
 def load_weights(path: Path, model: DLRM, *, verified: bool = False) -> None:
     """Copy a checkpoint's weights into a model.
 
@@ -196,6 +206,10 @@ def load_optimizer_state(path: Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> safetensors.safe_open:
+    if path.is_dir():
+        inside = path / "checkpoints" / "newest.safetensors"
+        hint = f"{inside}, for instance" if inside.exists() else "in a RUN's checkpoints folder"
+        raise UserError(f"{path} is a folder. Name the file of a checkpoint: {hint}.")
     if not path.exists():
         raise UserError(
             f"{path} does not exist. Check the path; a run that was interrupted before its first "

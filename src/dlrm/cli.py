@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, Protocol
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TextIO
 
 import msgspec
 import tyro
@@ -25,11 +25,14 @@ import tyro
 from dlrm.config import (
     Amp,
     BaselineConfig,
+    BenchPredictConfig,
     BenchServeConfig,
     BenchTrainConfig,
     ConvertConfig,
     DeviceKind,
     GenerateConfig,
+    InputFormat,
+    OutputFormat,
     PrepareConfig,
     QuantizationConfig,
     ServeConfig,
@@ -123,7 +126,7 @@ class StackDistances:
     files: tyro.conf.Positional[Path]
     """Where they go."""
     features: tuple[str, ...] = ()
-    """The sparse features, by name; by default all."""
+    """The sparse features, by name, in the order of the tables to be generated; by default all."""
     split: Split = "train"
     """Which rows, in their stored order."""
     padding: bool = False
@@ -475,19 +478,26 @@ class MlperfCheck:
 class Predict:
     """Predict the click probability of raw rows.
 
-    INPUT holds Criteo rows with or without a label; OUTPUT becomes a CSV file "Id,Predicted", for
-    Criteo's test.txt a valid Kaggle submission, compressed if its name ends in .gz. MODEL is a RUN;
-    its DATASET is not needed.
+    INPUT holds Criteo rows with or without a label, plain or compressed with gzip; or is a CSV file
+    whose header names the features, or a Parquet file with a column for each, and maybe the label.
+    OUTPUT becomes a CSV file "Id,Predicted", for Criteo's test.txt a valid Kaggle submission,
+    compressed if its name ends in .gz; or if its name says so, a .parquet or .arrow file. Either
+    may be "-", standard input or output. Interrupted, the same command goes on where it stopped,
+    but not with a pipe.
     """
 
     model: tyro.conf.Positional[Path]
-    """What `dlrm train` made."""
+    """What `dlrm train` made; its DATASET is not needed."""
     input: tyro.conf.Positional[Path]
     """Raw rows."""
     output: tyro.conf.Positional[Path]
-    """The CSV file to write."""
+    """The file to write. With "-" the summary goes to standard error."""
+    input_format: InputFormat = "auto"
+    """Of INPUT; auto: as its content, or else its name, tells."""
+    output_format: OutputFormat = "auto"
+    """Of OUTPUT; auto: as its name tells, else CSV."""
     first_id: int | None = None
-    """Id of the first row; by default 60000000 for rows without a label, 0 for rows with one."""
+    """Id of the first row; by default 60000000 for Criteo rows without a label, else 0."""
     overwrite: bool = False
     """Replace OUTPUT if it is there already."""
     checkpoint: Literal["best", "newest"] = "best"
@@ -505,7 +515,8 @@ class Predict:
 
     def execute(self) -> None:
         """Predict and print a summary."""
-        from dlrm.prediction import load, predict_file
+        from dlrm.predicting.files import predict_file
+        from dlrm.prediction import load
 
         predictor = load(
             self.model,
@@ -519,10 +530,12 @@ class Predict:
             predictor,
             self.input,
             self.output,
+            input_format=self.input_format,
+            output_format=self.output_format,
             first_id=self.first_id,
             overwrite=self.overwrite,
         )
-        _print_json(summary)
+        _print_json(summary, sys.stderr if self.output == Path("-") else sys.stdout)
 
 
 @dataclass(frozen=True)
@@ -583,7 +596,7 @@ class Serve:
     """
 
     model: tyro.conf.Positional[Path]
-    """What `dlrm train` made; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
+    """A BUNDLE or RUN; or a symbolic link to it, which may lead elsewhere at a SIGHUP."""
     options: Annotated[ServeConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=ServeConfig
     )
@@ -740,6 +753,36 @@ class BenchServe:
 
 
 @dataclass(frozen=True)
+class BenchPredict:
+    """Measure prediction beside its ceilings: preparation of rows alone, and scoring alone.
+
+    From INPUT, which the system caches, into a file in a folder for temporary files. Preparation is
+    parsing and encoding; scoring takes encoded rows that lie in memory. All use all cores, and are
+    measured in turn.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """What `dlrm train` made."""
+    input: tyro.conf.Positional[Path]
+    """Raw rows, as `dlrm predict` takes them."""
+    options: Annotated[BenchPredictConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=BenchPredictConfig
+    )
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.bench_predict import bench_predict
+
+        result = bench_predict(self.model, self.input, self.options)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
+
+
+@dataclass(frozen=True)
 class Convert:
     """Turn the reference implementation's .pt into a RUN, or a RUN into such a .pt.
 
@@ -823,7 +866,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "serve": (Serve, "serve a model over HTTP and gRPC"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
-    "bench": (BenchTrain, "measure training or a server: `dlrm bench train|serve`"),
+    "bench": (BenchTrain, "measure training, prediction or a server: `dlrm bench train`"),
     "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
@@ -831,6 +874,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
 
 _BENCHES: dict[str, tuple[type[Any], str]] = {
     "train": (BenchTrain, "training beside its matrix multiplications"),
+    "predict": (BenchPredict, "prediction beside preparation and scoring alone"),
     "serve": (BenchServe, "a server's latency over the load offered to it"),
 }
 
@@ -992,8 +1036,10 @@ def _bench_overview() -> str:
     )
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+def _print_json(value: Any, file: TextIO | None = None) -> None:
+    (file or sys.stdout).write(
+        msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+    )
 
 
 def _log_to_standard_error() -> None:

@@ -28,6 +28,8 @@ T = TypeVar("T")
 Shuffle = Literal["none", "day", "total", "reference", "reference-day"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
 Amp = Literal["O0", "O1"]
+InputFormat = Literal["auto", "criteo", "csv", "parquet"]
+OutputFormat = Literal["auto", "csv", "parquet", "arrow"]
 EmbeddingVariant = Literal["full", "qr", "md"]
 QrOperation = Literal["mult", "add", "concat"]
 QrInitialValues = Literal["small", "reference"]
@@ -741,6 +743,23 @@ class BenchTrainConfig:
 
 
 @dataclass(frozen=True)
+class BenchPredictConfig:
+    """What ``dlrm bench predict`` measures."""
+
+    rows: int = 500_000
+    """Of the input the first so many, or all it has; encoded, they have to fit into memory."""
+    rounds: int = 5
+    """How often prediction and its ceilings are measured in turn; the medians are the result."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        for name in ("rows", "rounds"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name} must be at least 1; got {value}")
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """How ``dlrm serve`` serves a model."""
 
@@ -755,11 +774,13 @@ class ServeConfig:
     workers: int = 1
     """Processes that answer, on the same ports, each with its share of the cores. They share the
     tables."""
+    threads: int = 0
+    """Threads of a process that score, each a batch of its own; 0: one a core of its share."""
     max_batch_rows: int = 1024
     """Score at most so many rows together; requests that wait are taken together up to this."""
     batch_wait_ms: float = 0.0
-    """Let a request wait so many milliseconds for others, while nothing is scored. Whatever comes
-    while a batch is scored is taken together anyway."""
+    """Let a request wait so many milliseconds for others, though a thread is free. Whatever comes
+    while none is free is taken together anyway."""
     max_queue_rows: int = 8192
     """Refuse requests while so many rows wait in a process."""
     max_request_rows: int = 4096
@@ -767,7 +788,7 @@ class ServeConfig:
     max_body: str = "8MiB"
     """The largest body of an HTTP request, unpacked, and the largest message of gRPC."""
     max_connections: int = 1024
-    """The most open HTTP connections of a process."""
+    """The most open HTTP connections of a process, and the most calls of gRPC under way."""
     read_timeout: float = 10.0
     """Seconds in which the body of a request has to arrive."""
     idle_timeout: float = 60.0
@@ -803,6 +824,7 @@ class ServeConfig:
                      "max_connections"):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        require(self.threads >= 0, f"--threads must not be negative; got {self.threads}")
         for name in ("read_timeout", "idle_timeout", "request_timeout", "shutdown_timeout"):
             value = getattr(self, name)
             flag = f"--{name.replace('_', '-')}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,29 @@ def use_available_cores() -> None:
     whole process, so it is for a program to call and not for a library.
     """
     torch.set_num_threads(available_cores())
+
+
+@contextmanager
+def lone_threads(count: int, *, alone: bool = True) -> Iterator[ThreadPoolExecutor]:
+    """Make threads in each of which PyTorch's operators compute without others.
+
+    What is not begun yet when the context ends is not done.
+
+    Args:
+        count: How many.
+        alone: False: as elsewhere, with as many as PyTorch takes.
+    """
+    before = torch.get_num_threads()
+    threads = 1 if alone else before
+    with ThreadPoolExecutor(
+        count, "dlrm-lone", initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            # Each thread has a number of its own, but one that starts takes the last that was set.
+            torch.set_num_threads(before)
 
 
 def available_cores() -> int:

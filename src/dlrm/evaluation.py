@@ -151,6 +151,7 @@ def evaluate(
         raise UserError(f"there is no split {split!r}. Splits: {', '.join(SPLITS)}.")
     opened = Run.open(Path(run))
     data = opened.open_dataset(Path(dataset) if dataset else None)
+    opened.warn_if_unfinished()
     model = opened.load_model(checkpoint, open_device(device, local_rank))
     given: dict[str, Any] = {
         "amp": amp,

@@ -166,6 +166,13 @@ def _open_as_it_is(path: str, flags: int) -> int:
     return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
+def open_to_append(path: Path, size: int) -> IO[bytes]:
+    """Open a file to append to, cut to a size first; it is made if it is not there."""
+    file = open(path, "ab")
+    file.truncate(size)
+    return file
+
+
 @contextmanager
 def atomic_folder(path: Path, what: str) -> Iterator[Path]:
     """Make a folder that appears under its name only when it is complete.

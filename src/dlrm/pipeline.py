@@ -9,7 +9,8 @@ from dlrm.bundle.export import export_once, refuse_taken_bundle
 from dlrm.config import PrepareConfig, TrainConfig
 from dlrm.data.prepare import prepare
 from dlrm.data.sources import find_source
-from dlrm.prediction import load, predict_file
+from dlrm.predicting.files import predict_file
+from dlrm.prediction import load
 from dlrm.report.page import write_report
 from dlrm.runs import RunResult
 from dlrm.training.begin import refuse_another_training, train_or_resume, way_on

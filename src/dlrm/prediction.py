@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import gzip
-import logging
+import hashlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 import torch
 
 from dlrm.bundles import BITS, Bundle, is_bundle
-from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig, size_bytes
-from dlrm.data import criteo
+from dlrm.checkpoint import checksum_of
+from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig
 from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
 from dlrm.data.vocabulary import Encoder
 from dlrm.device import open_device
 from dlrm.errors import UserError
-from dlrm.files import atomic_write
-from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.model.dlrm import DLRM
 from dlrm.model.quantized import FULL, quantize, refuse_quantization
 from dlrm.model.score import Scorer
-from dlrm.progress import progress
 from dlrm.runs import Run, Which
 from dlrm.schema import FeatureSchema
 
-logger = logging.getLogger("dlrm")
-
 CPU = torch.device("cpu")
-FIRST_SUBMISSION_ID = 60000000
-"""The Id of the first row of Criteo's test.txt in a Kaggle submission."""
-
-
-@dataclass(frozen=True)
-class PredictionSummary:
-    """What a prediction came to."""
-
-    rows: int
-    unknown_ids: dict[str, int]
-    """By sparse feature with any: values that the vocabulary lacks, taken as the feature's 'other'
-    slot or, where it has none, as empty bags."""
-    metrics: Metrics | None
-    """Where the rows have labels."""
 
 
 class Predictor:
@@ -61,9 +40,7 @@ class Predictor:
         model: In evaluation mode.
         encoder: Raw values to ids; None: they are not known.
         path: The RUN or BUNDLE, for messages.
-
-    Attributes:
-        scorer: Of batches that are known to fit the schema.
+        identity: What tells the weights, and how they compute, from others; empty: nothing does.
     """
 
     def __init__(
@@ -73,13 +50,15 @@ class Predictor:
         model: DLRM,
         encoder: Encoder | None,
         path: Path,
+        identity: str = "",
     ) -> None:
         self.schema = schema
         self.config = config
         self.model = model
         self.encoder = encoder
+        self.identity = identity
         self._path = path
-        self.scorer = Scorer(model, config.loss, config.amp)
+        self._scorer = Scorer(model, config.loss, config.amp)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
         """Return the click probability of each row, (n,).
@@ -106,18 +85,7 @@ class Predictor:
             UserError: A shape or type does not fit the model, or an id is out of its range.
         """
         check_batch(batch, self.schema)
-        return self.scorer(batch)
-
-    def encode(
-        self, values: npt.NDArray[np.uint32]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Return the ids of raw sparse values, and how many are unknown: see ``Encoder.encode``.
-
-        Raises:
-            UserError: There are no vocabularies.
-        """
-        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
-        return encoder.encode(values)
+        return self._scorer(batch)
 
     def predict_rows(
         self, dense: npt.NDArray[np.int32], values: npt.NDArray[np.uint32]
@@ -134,14 +102,34 @@ class Predictor:
         Raises:
             UserError: There are no vocabularies.
         """
-        ids, unknown = self.encode(values)
+        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
+        ids, unknown = encoder.encode(values)
+        return self.score_encoded(dense, ids), unknown
+
+    def score_encoded(
+        self, dense: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """Score rows whose values are encoded, as ``encoder`` does.
+
+        Args:
+            dense: (n, number of dense features), missing and negative values already 0.
+            ids: (n, F), -1 for an empty bag.
+
+        Returns:
+            Probabilities, (n,).
+        """
         step = self.config.evaluation_batch_size
         parts = [np.zeros(0, np.float32)]
         for start in range(0, len(dense), step):
             rows = slice(start, start + step)
             batch = make_batch(self.schema, dense[rows], ids[rows], None)
-            parts.append(self.scorer(batch))
-        return np.concatenate(parts), unknown
+            parts.append(self._scorer(batch))
+        return np.concatenate(parts)
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether several threads may score at a time, each with the same bits as all together."""
+        return self._scorer.is_native
 
 
 def load(
@@ -191,12 +179,15 @@ def load(
             "evaluation (`dlrm train --resume` goes on with it; what was saved since is called "
             "newest), or the name is not one of best and newest."
         )
+    run.warn_if_unfinished()
     encoder = _encoder(run.path, run.schema, verified=verified)
     model = run.load_model(checkpoint, open_device(device, local_rank), verified=verified)
     config = run.config if amp is None else replace(run.config, amp=amp)
     refuse_quantization(quantization, model.device, config)
     quantize(model, quantization)
-    return Predictor(run.schema, config, model, encoder, run.path)
+    checksum = checksum_of(run.checkpoint(checkpoint))
+    identity = identity_of(checksum, run.schema, config, quantization, device) if checksum else ""
+    return Predictor(run.schema, config, model, encoder, run.path, identity)
 
 
 def load_bundle(
@@ -228,94 +219,19 @@ def load_bundle(
     encoder = _encoder(bundle.path, bundle.schema, verified=True)
     model = bundle.load_model(device)
     quantize(model, quantization)
-    return Predictor(bundle.schema, config, model, encoder, bundle.path)
+    identity = identity_of(bundle.info.sha256, config, quantization, device.type)
+    return Predictor(bundle.schema, config, model, encoder, bundle.path, identity)
 
 
 def _encoder(path: Path, schema: FeatureSchema, *, verified: bool) -> Encoder | None:
     return Encoder.open(path, schema, verified=verified) if schema.encodes_values else None
 
 
-def predict_file(
-    predictor: Predictor,
-    source: Path,
-    output: Path,
-    *,
-    first_id: int | None = None,
-    overwrite: bool = False,
-) -> PredictionSummary:
-    """Score a file of raw Criteo rows into a CSV file ``Id,Predicted``, Kaggle's submission format.
+def identity_of(weights: str, *others: Any) -> str:
+    """Return what tells a model, and how it computes, from others.
 
     Args:
-        predictor: The model.
-        source: Rows with or without a label.
-        output: Appears when it is complete; compressed with gzip where its name ends in ``.gz``.
-        first_id: The first row's Id; None: 60000000 for rows without a label, as in Kaggle's
-            submissions, and 0 for rows with one.
-        overwrite: Replace an output that is there already.
-
-    Raises:
-        UserError: A row is malformed, the output is there already, or its folder is not.
-        EnvironmentFaultError: The disk is full or read-only.
+        weights: Their checksum.
+        others: Whatever else its probabilities depend on.
     """
-    if not source.is_file():
-        raise UserError(f"{source} is not a file. Name a file of raw rows.")
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent} is not a folder, so {output} cannot be written. Make it.")
-    if first_id is not None and first_id < 0:
-        raise UserError(f"--first-id must not be negative; got {first_id}.")
-    if output.exists() and output.samefile(source):
-        raise UserError(f"{output} is the input too. Choose another output.")
-    if output.exists() and not overwrite:
-        raise UserError(
-            f"{output} is there already, and is not overwritten. Choose another output, or replace "
-            "it with --overwrite."
-        )
-    unknown = np.zeros(len(predictor.schema.sparse), np.int64)
-    rows = 0
-    config = predictor.config
-    memory = size_bytes(config.evaluation_memory, "--evaluation-memory")
-    with (
-        atomic_write(output) as written,
-        _packed_as_named(output, written) as file,
-        MetricsAccumulator(
-            memory=memory, folder=output.parent, threshold=config.decision_threshold
-        ) as accumulator,
-    ):
-        labelled = False
-        schema = pa.schema([("Id", pa.int64()), ("Predicted", pa.float32())])
-        options = pa.csv.WriteOptions(quoting_style="none", include_header=False)
-        file.write(b"Id,Predicted\n")
-        with (
-            pa.csv.CSVWriter(file, schema, write_options=options) as writer,
-            progress("predict", source.stat().st_size, unit="B", unit_scale=True) as bar,
-        ):
-            for block in criteo.read_blocks(source, observe=lambda run: bar.update(len(run))):
-                if first_id is None:
-                    first_id = FIRST_SUBMISSION_ID if block.labels is None else 0
-                probabilities, unknown_in_block = predictor.predict_rows(block.dense, block.sparse)
-                ids = np.arange(first_id + rows, first_id + rows + len(probabilities))
-                writer.write_batch(pa.record_batch([ids, probabilities], schema=schema))
-                rows += len(probabilities)
-                unknown += unknown_in_block
-                if block.labels is not None:
-                    labelled = True
-                    accumulator.add(block.labels, probabilities)
-        metrics = accumulator.metrics() if labelled else None
-    names = [feature.name for feature in predictor.schema.sparse]
-    counted = {name: int(count) for name, count in zip(names, unknown, strict=True) if count}
-    if unknown.sum() > rows * len(names) / 2:
-        logger.warning(
-            "%s: %.0f%% of the categorical values were never seen in training; is it other data "
-            "than the model was trained on?",
-            source,
-            100 * unknown.sum() / (rows * len(names)),
-        )
-    return PredictionSummary(rows, counted, metrics)
-
-
-def _packed_as_named(path: Path, file: IO[bytes]) -> AbstractContextManager[Any]:
-    """Return what to write to, so that a file is compressed if its name says so."""
-    if path.suffix != ".gz":
-        return nullcontext(file)
-    # Without name and time, so that equal predictions give equal bytes.
-    return gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)
+    return hashlib.sha256(msgspec.json.encode([weights, *others])).hexdigest()

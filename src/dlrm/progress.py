@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 
 def progress(
-    description: str, total: int, items: Iterable[Any] | None = None, **options: Any
+    description: str, total: int | None, items: Iterable[Any] | None = None, **options: Any
 ) -> tqdm[Any]:
     """Return a bar on standard error that is seen after two seconds, and in a terminal only.
 
     Args:
         description: What goes on.
-        total: How many units it takes.
+        total: How many units it takes; None: nobody knows.
         items: What to iterate over, a unit each; None: the caller updates the bar.
         options: More of tqdm's.
     """

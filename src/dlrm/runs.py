@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import resource
@@ -32,6 +33,8 @@ from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM
 from dlrm.predictions import Predictions, PredictionsWriter, write_predictions
 from dlrm.schema import FeatureSchema, Split, read_schema
+
+logger = logging.getLogger("dlrm")
 
 Which = Literal["best", "newest"]
 
@@ -203,6 +206,19 @@ class Run(AnyRun):
     def checkpoint(self, which: Which) -> Path:
         """Return where a checkpoint lies."""
         return self.path / "checkpoints" / f"{which}.safetensors"
+
+    def warn_if_unfinished(self) -> None:
+        """Say so if training was interrupted, or still goes on: its checkpoints are not the last.
+
+        A model that was only imported has no log.
+        """
+        if (self.path / "log.jsonl").exists() and not (self.path / "result.json").exists():
+            logger.warning(
+                "%s is not finished: its training was interrupted, or still goes on, so a later "
+                "checkpoint may be better. `%s` goes on with it",
+                self.path,
+                to_resume(self.path),
+            )
 
     def load_model(self, which: Which, device: torch.device, *, verified: bool = False) -> DLRM:
         """Build the model and load a checkpoint's weights into it; it is in evaluation mode.

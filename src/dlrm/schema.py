@@ -90,6 +90,13 @@ class FeatureSchema:
         return tuple(feature.num_embeddings for feature in self.sparse)
 
     @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the dense features, then of the sparse ones."""
+        return tuple(feature.name for feature in self.dense) + tuple(
+            feature.name for feature in self.sparse
+        )
+
+    @property
     def one_id_features(self) -> tuple[SparseFeature, ...]:
         """The sparse features that have one id a row."""
         return tuple(feature for feature in self.sparse if not feature.multi_hot)

@@ -297,9 +297,9 @@ def _watch(request: dict[str, Any], tell_all: Sequence[Tell]) -> None:
             return written
 
     def open_watched(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if mode != "wb":
+        if mode not in ("wb", "ab"):
             return builtins.open(path, mode, *arguments, **options)
-        return io.BufferedWriter(Watched(path, "wb", **options), 1 << 20)
+        return io.BufferedWriter(Watched(path, mode, **options), 1 << 20)
 
     files.open = open_watched  # type: ignore[attr-defined]
     for operation in ("mkdir", "unlink", "rmdir", "fsync"):

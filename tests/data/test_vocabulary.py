@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ from hypothesis import strategies as st
 from dlrm.data import vocabulary
 from dlrm.data.vocabulary import (
     Encoder,
-    MappedVocabulary,
     Vocabulary,
     hashed,
     values_of_ids,
     write_vocabulary,
 )
 from dlrm.errors import UserError
+from dlrm.ops.library import Library, library
 from dlrm.schema import FeatureSchema, SparseFeature
 
 
@@ -134,6 +136,101 @@ def test_encoder(tmp_path: Path, described: FeatureSchema) -> None:
     assert unknown.tolist() == [0, 0]
 
 
+@pytest.fixture(params=["native", "plain"])
+def lookups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Look values up in this way, whatever there is."""
+    if request.param == "plain":
+        monkeypatch.setattr(vocabulary, "library", lambda: Library(False, "plain"))
+    elif not library().loaded:
+        pytest.skip(library().reason)
+    return str(request.param)
+
+
+SPREADS = {
+    "hashed": lambda random, size: random.integers(0, 2**32, size),
+    "consecutive": lambda random, size: np.arange(size) + 5,
+    "skewed": lambda random, size: np.floor(2.0 ** (32 * random.random(size) ** 8)) - 1,
+    "two heaps": lambda random, size: np.append(np.arange(size), 2**32 - 1 - np.arange(size)),
+    "outliers": lambda random, size: np.append(7_000 + np.arange(size), [0, 2**32 - 1]),
+    "one": lambda random, size: np.array([9]),
+    "none": lambda random, size: np.array([], np.int64),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_encoder_against_a_dictionary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lookups: str, spread: str
+) -> None:
+    """However values are spread, cut into parts, and asked for."""
+    random = np.random.default_rng(0)
+    monkeypatch.setattr(vocabulary, "_BATCH_VALUES", 1024)
+    (tmp_path / "vocabulary").mkdir()
+    features, dictionaries = [], []
+    for number, size in enumerate((3000, 40, 2500)):
+        values = np.unique(SPREADS[spread](random, size).astype(np.uint32))
+        ids = random.permutation(len(values)).astype(np.int32)
+        dictionaries.append(dict(zip(values.tolist(), ids.tolist(), strict=True)))
+        known = Vocabulary(values, ids, np.ones(len(values), np.int64))
+        name = f"s_{number}"
+        checksum = write_vocabulary(tmp_path / "vocabulary" / name, [known])
+        other = len(values) if number == 1 else -1
+        features.append(SparseFeature(name, len(values) + 1, name, checksum, other_id=other))
+    hashes = SparseFeature("s_3", 100, hash_buckets=100)
+    schema = FeatureSchema("label", (), (*features, hashes), "criteo-kaggle", "").sealed()
+    encoder = Encoder.open(tmp_path, schema)
+    asked = random.integers(0, 2**32, (3001, 4)).astype(np.uint32)
+    for number, known_ids in enumerate(dictionaries):
+        keys = np.array(list(known_ids), np.uint32)
+        near = np.concatenate([keys, keys + np.uint32(1), keys - np.uint32(1)])
+        asked[: len(near), number] = random.permutation(near)[: len(asked)]
+    asked[:2] = [[0] * 4, [2**32 - 1] * 4]
+    ids, unknown = encoder.encode(asked)
+    for number, (feature, known_ids) in enumerate(zip(features, dictionaries, strict=True)):
+        expected = [known_ids.get(value, feature.other_id) for value in asked[:, number].tolist()]
+        assert ids[:, number].tolist() == expected
+        assert unknown[number] == sum(v not in known_ids for v in asked[:, number].tolist())
+    assert ids[:, 3].tolist() == hashed(asked[:, 3], 100).tolist()
+    # Few rows, which fill no group, and some features, in another order.
+    for rows in (1, 2, 7):
+        assert encoder.encode(asked[:rows])[0].tolist() == ids[:rows].tolist()
+    some = encoder.select(["s_3", "s_1"])
+    assert [feature.name for feature in some.features] == ["s_3", "s_1"]
+    chosen, chosen_unknown = some.encode(asked[:, [3, 1]])
+    assert chosen.tolist() == ids[:, [3, 1]].tolist()
+    assert chosen_unknown.tolist() == unknown[[3, 1]].tolist()
+    none = encoder.select([]).encode(asked[:, :0])
+    assert none[0].shape == (3001, 0)
+
+
+def test_threads_share_an_encoder(tmp_path: Path, described: FeatureSchema) -> None:
+    encoder = Encoder.open(tmp_path, described)
+    values = np.random.default_rng(0).integers(0, 12, (4, 5000, 2)).astype(np.uint32)
+    alone = [encoder.encode(each)[0].tolist() for each in values]
+    with ThreadPoolExecutor(4) as pool:
+        assert [found.tolist() for found, _ in pool.map(encoder.encode, values)] == alone
+
+
+def test_vocabularies_are_mapped_and_not_read(tmp_path: Path, described: FeatureSchema) -> None:
+    """Processes share what they look at of them."""
+    encoder = Encoder.open(tmp_path, described)
+    mapped = Path("/proc/self/smaps").read_text()
+    assert str(tmp_path / "vocabulary" / "s_0.arrow") in mapped
+    del encoder
+    gc.collect()
+    assert str(tmp_path / "vocabulary" / "s_0.arrow") not in Path("/proc/self/maps").read_text()
+
+
+def test_values_that_do_not_ascend_are_refused(tmp_path: Path, lookups: str) -> None:
+    (tmp_path / "vocabulary").mkdir()
+    for values in ([3, 3, 9], [3, 9, 4]):
+        damaged = Vocabulary(uint32(*values), np.arange(3, dtype=np.int32), np.ones(3, np.int64))
+        checksum = write_vocabulary(tmp_path / "vocabulary" / "s_0.arrow", [damaged])
+        feature = SparseFeature("s_0", 3, "s_0.arrow", checksum)
+        schema = FeatureSchema("label", (), (feature,), "criteo-kaggle", "").sealed()
+        with pytest.raises(UserError, match=r"s_0\.arrow is damaged: its values do not ascend"):
+            Encoder.open(tmp_path, schema, verified=True)
+
+
 def test_unknown_values_get_the_other_slot(tmp_path: Path, described: FeatureSchema) -> None:
     sparse = (
         dataclasses.replace(described.sparse[0], num_embeddings=4, other_id=3),
@@ -202,6 +299,14 @@ def test_a_missing_or_damaged_vocabulary_is_refused(
         Encoder.open(tmp_path, described)
 
 
+def test_a_verified_vocabulary_is_not_verified_again(
+    tmp_path: Path, described: FeatureSchema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(vocabulary, "sha256")
+    encoder = Encoder.open(tmp_path, described, verified=True)
+    assert encoder.encode(uint32(7, 100)[None])[0].tolist() == [[0, 0]]
+
+
 def test_another_vocabulary_is_refused(tmp_path: Path, described: FeatureSchema) -> None:
     path = tmp_path / "vocabulary" / "s_1.arrow"
     found = Vocabulary.read(path)
@@ -218,26 +323,6 @@ def test_a_file_of_other_columns_is_refused(tmp_path: Path, described: FeatureSc
         writer.write_table(table)
     with pytest.raises(UserError, match=r"has the columns \['word'\], expected value, id and"):
         Encoder.open(tmp_path, described)
-
-
-def test_a_mapped_vocabulary_of_several_parts_gives_the_same_ids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dlrm.data.vocabulary._BATCH_VALUES", 64)
-    random = np.random.default_rng(0)
-    values = np.sort(random.choice(5000, 300, replace=False)).astype(np.uint32)
-    ids = random.permutation(300).astype(np.int32)
-    whole = Vocabulary(values, ids, np.ones(300, np.int64))
-    write_vocabulary(tmp_path / "v.arrow", [whole])
-    mapped = MappedVocabulary(tmp_path / "v.arrow")
-    assert [len(part) for part in mapped.parts] == [64, 64, 64, 64, 44]
-    assert mapped.ids_range == (0, 299)
-    asked = np.arange(6000, dtype=np.uint32)
-    np.testing.assert_array_equal(mapped.encode(asked), whole.encode(asked))
-    write_vocabulary(tmp_path / "empty.arrow", [])
-    empty = MappedVocabulary(tmp_path / "empty.arrow")
-    assert empty.encode(asked[:2]).tolist() == [-1, -1]
-    assert empty.ids_range == (0, -1)
 
 
 def test_raw_values_of_ids_by_hand() -> None:

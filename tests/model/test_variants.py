@@ -25,7 +25,12 @@ from dlrm.errors import UserError
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.embedding import SparseArch
 from dlrm.model.native import NativeForward, supports
-from dlrm.model.variants import VariantSparseArch, mixed_dimensions, resolve_tables
+from dlrm.model.variants import (
+    VariantSparseArch,
+    larger_than_whole,
+    mixed_dimensions,
+    resolve_tables,
+)
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 
 # Every kind of table, of so many ids.
@@ -418,7 +423,10 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
         ("a,variant", "expected a sparse feature's name and then key=value"),
         ("a,variant=qr,variant=md", "each once"),
         ("a,collisions=3", "--tables has an unknown key collisions; did you mean qr_collisions?"),
-        ("a,variant=hash", "--tables a,variant=hash: Invalid enum value 'hash'"),
+        (
+            "a,variant=hash",
+            "value 'hash' - at `$.variant`; expected one of full, qr, md. Correct it",
+        ),
         ("a,variant=md,md_dim=x", "--tables a,variant=md,md_dim=x: Expected `int`"),
         ("a,variant=md", "--tables a: variant=md needs md_dim, the length of its vectors; got 0"),
         ("a,md_dim=3", "--tables a: md_dim goes with variant=md; got variant=full"),
@@ -510,6 +518,19 @@ def test_the_model_can_be_exported() -> None:
     torch.testing.assert_close(exported(*arguments), model(batch))
 
 
+def test_tables_that_take_more_than_whole_ones_are_named() -> None:
+    tables = (
+        TableConfig("few_rows", "qr", "mult", 100),  # 1 + 100 rows instead of 90
+        TableConfig("halves", "qr", "concat", 100),  # (1 + 100) / 2 instead of 60
+        TableConfig("good", "qr", "add", 4),  # 10 + 4 instead of 40
+        TableConfig("hardly_shorter", "md", md_dim=7),  # 20 · 7 + 7 · 8 instead of 20 · 8
+        TableConfig("as_long", "md", md_dim=8),  # without a projection
+        TableConfig("whole"),
+    )
+    assert larger_than_whole(tables, [90, 60, 40, 20, 20, 5], 8) == ["few_rows", "hardly_shorter"]
+
+
 def test_any_temperature_gives_lengths() -> None:
     """The reference's float32 ends at infinity times 0."""
     assert mixed_dimensions([1000, 2000, 10**7], 16, 1000.0, round_dims=False) == [16, 1, 1]
+    assert mixed_dimensions([0, 1, 7], 16, 0.5, round_dims=False) == [16, 16, 6]

@@ -23,7 +23,8 @@ from dlrm.config import (
 from dlrm.data.prepare import prepare
 from dlrm.errors import UserError
 from dlrm.evaluation import evaluate
-from dlrm.prediction import load, predict_file
+from dlrm.predicting.files import predict_file
+from dlrm.prediction import load
 from dlrm.reference.conversion import export_checkpoint, import_checkpoint
 from dlrm.runs import Run
 

@@ -53,6 +53,10 @@ def texts(page: str) -> list[str]:
     return found
 
 
+def test_it_says_how_many_features_are_drawn(page: str) -> None:
+    assert "Drawn are the 25 of 39 features with the largest drop" in page
+
+
 def test_its_figures_are_those_of_the_result(page: str, runs: Path) -> None:
     result = open_run(runs / "dlrm").result()
     test, validation = result.metrics["test"], result.metrics["validation"]

@@ -401,6 +401,16 @@ def test_a_position_belongs_to_its_order_and_batch_size(
     config = replace(CONFIG, continue_from=str(tmp_path / "part/checkpoints/newest.safetensors"))
     with pytest.raises(UserError, match=r"saved with steps of 128 rows.*; got 64"):
         train(dataset, tmp_path / "rest", replace(config, mini_batch_size=64))
+    for folder, hint in (
+        ("part", r"part/checkpoints/newest\.safetensors, for instance"),
+        ("part/checkpoints", "in a RUN's checkpoints folder"),
+    ):
+        with pytest.raises(UserError, match=f"{folder} is a folder. Name the file .*: .*{hint}"):
+            train(
+                dataset,
+                tmp_path / "rest",
+                replace(config, continue_from=str(tmp_path / folder)),
+            )
     prepare(raw_rows, tmp_path / "unshuffled", PrepareConfig(shuffle="none"))
     with pytest.raises(UserError, match="another DATASET: the fingerprint of its rows and order"):
         train(tmp_path / "unshuffled", tmp_path / "rest", config)

@@ -32,7 +32,8 @@ from dlrm.data.prepare import prepare
 from dlrm.data.synthetic import synthesize
 from dlrm.model.dlrm import DLRM, initialize
 from dlrm.model.loss import mean_loss
-from dlrm.prediction import load, predict_file
+from dlrm.predicting.files import predict_file
+from dlrm.prediction import load
 from dlrm.report.importance import permutation_importance
 from dlrm.report.page import write_report
 from dlrm.runs import Run

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,8 @@ _TAB = b"\t"
 _NAME = re.compile(rb"[\"']?[A-Za-z_]\w*[\"']?")
 _OTHER_SEPARATORS = {b",": "commas", b";": "semicolons", b" ": "spaces"}
 _FEATURES = len(DENSE_NAMES) + len(SPARSE_NAMES)
+FIELDS = (_FEATURES, _FEATURES + 1)
+"""How many a row has, without and with a label."""
 logger = logging.getLogger("dlrm")
 
 
@@ -162,6 +164,7 @@ def read_blocks(
     block_bytes: int = BLOCK_BYTES,
     threads: int | None = None,
     observe: Callable[[bytes], None] | None = None,
+    file: IO[bytes] | None = None,
 ) -> Iterator[RawBlock]:
     """Read a file of rows in order, plain or packed with gzip, in bounded memory.
 
@@ -180,6 +183,7 @@ def read_blocks(
         threads: How many to parse on; None: as many as there are cores.
         observe: Called with every run of bytes as they are in the file, packed or not, in order.
             With it the file is read from its beginning, wherever ``start`` is.
+        file: The file, opened, in the place of ``path``, which then is its name in messages.
 
     Raises:
         UserError: The file is missing, empty, cut short or packed otherwise, or a row is malformed;
@@ -196,6 +200,7 @@ def read_blocks(
         offset=position.offset,
         skip_long=bad_rows == "skip",
         observe=observe,
+        file=file,
     )
     with environment_faults(f"read {path}"), ThreadPoolExecutor(threads) as pool:
         first = next(blocks, None)
@@ -275,7 +280,7 @@ def _has_label(path: Path, block: LineBlock, lines_before: int, *, skip: bool) -
     lines = bytes(block.buffer[MARGIN:-1]).split(b"\n")
     for line in lines if skip else lines[:1]:
         fields = line.count(_TAB) + 1
-        if fields in (_FEATURES, _FEATURES + 1):
+        if fields in FIELDS:
             return fields == _FEATURES + 1
     first = lines[0]
     raise UserError(

@@ -247,6 +247,11 @@ class Dataset:
                         f"{file} is damaged: expected {part.bytes} bytes, got "
                         f"{'no file' if size is None else size}. Prepare the dataset again."
                     )
+            if not 0 <= stored.clicks <= rows:
+                raise UserError(
+                    f"{path / 'manifest.json'} is damaged: {stored.clicks} clicks in the {rows} "
+                    f"rows of the {split} split cannot be. Prepare the dataset again."
+                )
         return Dataset(path, schema, manifest)
 
     def rows(self, split: Split) -> int:

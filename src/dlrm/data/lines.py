@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -53,6 +54,7 @@ def read_lines(
     offset: int = 0,
     skip_long: bool = False,
     observe: Observer | None = None,
+    file: IO[bytes] | None = None,
 ) -> Iterator[LineBlock]:
     """Read a file as blocks of whole lines, in order.
 
@@ -66,14 +68,15 @@ def read_lines(
         skip_long: Read on after such a line; otherwise it is the last.
         observe: Called with every run of bytes as they are in the file, packed or not, in order
             from the file's beginning, even if ``offset`` is not 0.
+        file: The file, opened, in the place of ``path``, which then is its name in messages.
 
     Raises:
         UserError: The file is missing, packed otherwise, ends before ``offset``, or is a gzip that
             is damaged or cut short.
         OSError: It cannot be read.
     """
-    with _open(path) as file:
-        read = _open_text(path, file, offset, observe)
+    with _open(path) if file is None else nullcontext(file) as opened:
+        read = _open_text(path, opened, offset, observe)
         longest = max_line_bytes + len(b"\r\n")
         rest = b""  # the beginning of a line
         while True:

@@ -357,20 +357,32 @@ def _parse_ids(
     """
     words = _words(text, ends)
     np.putmask(words, lengths == 0, _ZEROS)
-    characters = words.view(np.uint8)
+    values, are_digits = parse_ids(words)
+    valid &= (are_digits & ((lengths == 8) | (lengths == 0))).all(axis=1)
+    return values
+
+
+def parse_ids(words: UInt64Array) -> tuple[UInt32Array, BoolArray]:
+    """Convert ids of 8 characters each.
+
+    Args:
+        words: Their characters, the first the least significant.
+
+    Returns:
+        Their values, and where all characters are hexadecimal digits, both of the same shape.
+    """
+    characters = np.ascontiguousarray(words)[..., None].view(np.uint8)
     is_hexadecimal = characters - np.uint8(ord("0")) < 10
     is_hexadecimal |= (characters | np.uint8(0x20)) - np.uint8(ord("a")) < 6
-    fits = (lengths == 8) | (lengths == 0)
-    if not (is_hexadecimal.all() and fits.all()):
-        valid &= is_hexadecimal.all(axis=1) & fits.all(axis=1)
     # Bit 6 tells letters from digits; the low bits of a letter are its value less 9.
     letters = words >> np.uint64(6) & _ALL_1
     digits = (words & _ALL_15) + letters + (letters << np.uint64(3))
     # Neighbours are joined in the low byte of each pair. These bytes are the id, the first the
     # most significant.
-    pairs = digits << np.uint64(4) | digits >> np.uint64(8)
-    values: UInt32Array = pairs.view(np.uint16).astype(np.uint8).view(">u4").astype(np.uint32)
-    return values
+    pairs = np.ascontiguousarray(digits << np.uint64(4) | digits >> np.uint64(8))[..., None]
+    values = pairs.view(np.uint16).astype(np.uint8).view(">u4")[..., 0].astype(np.uint32)
+    are_digits: BoolArray = np.logical_and.reduce(is_hexadecimal, axis=-1)
+    return values, are_digits
 
 
 def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
@@ -401,7 +413,7 @@ def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
     integers, ids = [0] * layout.integers, [0] * layout.ids
     for index, field in enumerate(fields[layout.labelled : numbers]):
         if field:
-            integers[index] = _parse_integer(field, layout.labelled + index)
+            integers[index] = parse_integer(field, layout.labelled + index)
     for index, field in enumerate(fields[numbers:]):
         if not field:
             continue
@@ -413,7 +425,7 @@ def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
     return label, integers, ids
 
 
-def _parse_integer(field: bytes, column: int) -> int:
+def parse_integer(field: bytes, column: int) -> int:
     """Convert an integer; a negative one is 0."""
     if not _INTEGER.fullmatch(field):
         raise BadFieldError("integer", column, "an integer or nothing", shown(field))

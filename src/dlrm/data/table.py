@@ -10,15 +10,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dlrm.data.row_parser import parse_ids
 from dlrm.errors import UserError
 from dlrm.schema import FeatureSchema
 
 _MISSING = 0  # what a missing value of either kind becomes
+_ID_DIGITS = 8
+_MISSING_ID = "0" * _ID_DIGITS
 _LARGEST_DENSE = 2**31 - 1
 
 
 def rows_from_table(
-    table: pa.Table | Mapping[str, Any], schema: FeatureSchema
+    table: pa.Table | Mapping[str, Any], schema: FeatureSchema, *, first_row: int = 0
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:
     """Take the schema's columns out of a table of raw rows.
 
@@ -27,6 +30,7 @@ def rows_from_table(
             hexadecimal digits or integers below 2**32; nulls are missing values. Other columns are
             left alone.
         schema: Names the columns.
+        first_row: The number of the first row, for messages.
 
     Returns:
         Dense values, (n, number of dense features), missing and negative ones 0, and sparse
@@ -42,7 +46,7 @@ def rows_from_table(
             raise UserError(
                 f"rows must come as a pyarrow Table or as columns of equal length by name: {error}."
             ) from error
-    names = [each.name for each in schema.dense] + [each.name for each in schema.sparse]
+    names = schema.feature_names
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise UserError(
@@ -53,7 +57,7 @@ def rows_from_table(
     for column, dense_feature in enumerate(schema.dense):
         integers = _integers(table.column(dense_feature.name), dense_feature.name)
         too_large = integers > _LARGEST_DENSE
-        _refuse(too_large, integers, dense_feature.name, f"at most {_LARGEST_DENSE}")
+        _refuse(too_large, integers, dense_feature.name, f"at most {_LARGEST_DENSE}", first_row)
         dense[:, column] = np.maximum(integers, 0)
     values = np.empty((table.num_rows, len(schema.sparse)), np.uint32)
     for column, feature in enumerate(schema.sparse):
@@ -61,11 +65,11 @@ def rows_from_table(
         if pa.types.is_dictionary(chunks.type):
             chunks = chunks.cast(chunks.type.value_type)
         if pa.types.is_string(chunks.type) or pa.types.is_large_string(chunks.type):
-            values[:, column] = _hexadecimal(chunks, feature.name)
+            values[:, column] = _hexadecimal(chunks, feature.name, first_row)
         else:
             integers = _integers(chunks, feature.name)
             outside = (integers < 0) | (integers >= 2**32)
-            _refuse(outside, integers, feature.name, "0 … 2**32-1")
+            _refuse(outside, integers, feature.name, "0 … 2**32-1", first_row)
             values[:, column] = integers
     return dense, values
 
@@ -81,21 +85,30 @@ def _integers(chunks: pa.ChunkedArray, name: str) -> npt.NDArray[np.int64]:
     return filled
 
 
-def _hexadecimal(chunks: pa.ChunkedArray, name: str) -> npt.NDArray[np.uint32]:
-    strings = pc.fill_null(chunks, "00000000")
-    bad = ~pc.match_substring_regex(strings, r"\A[0-9a-fA-F]{8}\z").to_numpy()
-    _refuse(bad, strings.to_pylist(), name, "8 hexadecimal digits, or null")
-    return np.frombuffer(bytes.fromhex("".join(strings.to_pylist())), ">u4").astype(np.uint32)
+def _hexadecimal(chunks: pa.ChunkedArray, name: str, first_row: int) -> npt.NDArray[np.uint32]:
+    strings = pc.fill_null(chunks, _MISSING_ID).combine_chunks().cast(pa.large_string())
+    values = np.zeros(len(strings), np.uint32)
+    bad = pc.binary_length(strings).to_numpy() != _ID_DIGITS
+    if not bad.any():
+        offsets, content = strings.buffers()[1:]
+        start = int(np.frombuffer(offsets, np.int64)[strings.offset]) if len(strings) else 0
+        words = np.frombuffer(content or b"", "<u8", len(strings), start)
+        values, good = parse_ids(words)
+        bad = ~good
+    _refuse(bad, strings, name, "8 hexadecimal digits, or null", first_row)
+    return values
 
 
 def _refuse(
     bad: npt.NDArray[np.bool_],
-    values: npt.NDArray[np.int64] | list[str],
+    values: npt.NDArray[np.int64] | pa.Array,
     name: str,
     expected: str,
+    first_row: int,
 ) -> None:
     if bad.any():
         row = int(np.argmax(bad))
+        got = values[row].as_py() if isinstance(values, pa.Array) else values[row]
         raise UserError(
-            f"row {row} of column {name}: expected {expected}, got {values[row]!r}. Correct it."
+            f"row {first_row + row} of column {name}: expected {expected}, got {got!r}. Correct it."
         )

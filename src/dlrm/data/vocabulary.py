@@ -8,20 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
+import torch.utils.dlpack
+from torch import Tensor
 
 from dlrm.arrow import open_arrow
 from dlrm.data.splits import mix
 from dlrm.errors import UserError
 from dlrm.files import atomic_write, sha256
+from dlrm.ops.library import library
 from dlrm.schema import FeatureSchema, SparseFeature
 
 _COLUMNS = pa.schema([("value", pa.uint32()), ("id", pa.int32()), ("count", pa.int64())])
 _BATCH_VALUES = 1 << 20
 """A multiple of 16: Arrow cuts what it writes only to multiples of 64 bytes."""
+_RANGE_VALUES = 8
+"""Values in a range of an index, on average: a byte of index for two values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +68,7 @@ class Vocabulary:
 
     @staticmethod
     def joined(parts: Sequence[Vocabulary]) -> Vocabulary:
-        """Return ranges of ascending values as one."""
+        """Return the vocabulary that was cut into these parts."""
         return Vocabulary(
             np.concatenate([np.zeros(0, np.uint32), *(part.values for part in parts)]),
             np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
@@ -74,7 +81,9 @@ class Vocabulary:
 
         Args:
             path: The file.
-            mapped: They are a memory map of it (``open_arrow``).
+            mapped: Map it into memory instead: what is not looked at is not read, and processes
+                share what is. The file must stay as it is meanwhile: if it is cut short, looking
+                beyond its end kills the process.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -88,7 +97,9 @@ class Vocabulary:
                         "run again."
                     )
                 for number in range(reader.num_record_batches):
-                    yield Vocabulary(*(map(pa.Array.to_numpy, reader.get_batch(number).columns)))
+                    batch = reader.get_batch(number)
+                    batch.validate()
+                    yield Vocabulary(*(map(pa.Array.to_numpy, batch.columns)))
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{path} cannot be read: {error}. Prepare the dataset or train the run again."
@@ -164,23 +175,79 @@ def hashed(values: npt.NDArray[np.uint32], buckets: int) -> npt.NDArray[np.int32
     return (high * np.uint64(buckets) >> np.uint64(32)).astype(np.int32)
 
 
+class _Table:
+    """The values of one feature, where they lie, and what finds them.
+
+    Args:
+        parts: The vocabulary in ranges of ascending values.
+    """
+
+    def __init__(self, parts: Iterable[Vocabulary]) -> None:
+        self.parts = tuple(part for part in parts if len(part))
+        self.firsts = np.array([part.values[0] for part in self.parts], np.uint32)
+        if library().loaded:
+            self.values = [_tensor(part.values) for part in self.parts]
+            self.ids = [_tensor(part.ids) for part in self.parts]
+            self.starts = [_index(values) for values in self.values]
+
+    def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
+        """Return the id of each value, (m,), and -1 for those never seen."""
+        ids = np.full(len(values), -1, np.int32)
+        part_of = np.searchsorted(self.firsts, values, side="right") - 1
+        for number, part in enumerate(self.parts):
+            chosen = part_of == number
+            ids[chosen] = part.encode(values[chosen])
+        return ids
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Return an array as a tensor without a copy; PyTorch warns of one that cannot be written."""
+    return torch.utils.dlpack.from_dlpack(pa.array(array))
+
+
+def _index(values: Tensor) -> Tensor:
+    """Return how many values lie before each of equal ranges (native/vocabulary.cpp)."""
+    starts = torch.empty(len(values) // _RANGE_VALUES + 2, dtype=torch.uint32)
+    torch.ops.dlrm.index_values(values, starts)
+    return starts
+
+
 class Encoder:
     """Raw sparse values to ids, as the rows of a DATASET were encoded.
 
+    Threads can share it; an encoding takes one, and no lock of Python's while it searches.
+
     Args:
         features: The sparse features.
-        vocabularies: One for each of them; None for a feature whose values are hashed.
+        tables: One for each of them; None for a feature whose values are hashed.
     """
 
-    def __init__(
-        self, features: Sequence[SparseFeature], vocabularies: Sequence[MappedVocabulary | None]
-    ) -> None:
-        self._features = tuple(features)
-        self._vocabularies = tuple(vocabularies)
+    def __init__(self, features: Sequence[SparseFeature], tables: Sequence[_Table | None]) -> None:
+        self.features = tuple(features)
+        self._tables = tuple(tables)
+        if library().loaded:
+            known = [table for table in tables if table is not None]
+            rules, parts = [], 0
+            for feature, table in zip(features, tables, strict=True):
+                first, parts = parts, parts + (len(table.parts) if table else 0)
+                modulus, buckets = feature.value_modulus, feature.hash_buckets
+                rules.append([first, parts, feature.other_id, modulus, buckets])
+            bounds = [
+                [int(part.values[0]), int(part.values[-1])]
+                for table in known
+                for part in table.parts
+            ]
+            self._native = (
+                torch.tensor(rules, dtype=torch.int64).reshape(-1, 5),
+                [values for table in known for values in table.values],
+                [ids for table in known for ids in table.ids],
+                [starts for table in known for starts in table.starts],
+                torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2),
+            )
 
     @staticmethod
     def open(folder: Path, schema: FeatureSchema, *, verified: bool = False) -> Encoder:
-        """Read the vocabularies that lie beside a schema.
+        """Map the vocabularies that lie beside a schema, which must stay as they are from then on.
 
         Args:
             folder: A DATASET, RUN or BUNDLE.
@@ -202,28 +269,30 @@ class Encoder:
                 "because its rows were made up or prepared by another program. Prepare and train "
                 "from raw rows to predict raw rows."
             )
-        vocabularies: list[MappedVocabulary | None] = []
+        tables: list[_Table | None] = []
         for feature in schema.sparse:
             if feature.hash_buckets:
-                vocabularies.append(None)
+                tables.append(None)
                 continue
             path = folder / "vocabulary" / feature.vocabulary
-            vocabulary = MappedVocabulary(path)
-            vocabularies.append(vocabulary)
-            lowest, highest = vocabulary.ids_range
-            if lowest < 0 or not feature.takes_ids_below(highest + 1):
-                raise UserError(
-                    f"{path} is damaged: its ids are {lowest} … {highest}, and the table of "
-                    f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
-                    "train the run again."
-                )
+            parts = tuple(Vocabulary.read_parts(path, mapped=True))
+            _refuse_damaged(path, parts, feature)
             if not verified and (found := sha256(path)) != feature.vocabulary_sha256:
                 raise UserError(
                     f"{path} does not belong to {folder / 'schema.json'}: its SHA-256 is {found}, "
                     f"expected {feature.vocabulary_sha256}. Prepare the dataset or train the run "
                     "again."
                 )
-        return Encoder(schema.sparse, vocabularies)
+            tables.append(_Table(parts))
+        return Encoder(schema.sparse, tables)
+
+    def select(self, names: Sequence[str]) -> Encoder:
+        """Return an encoder of some of the features, in this order, over the same vocabularies."""
+        places = {feature.name: place for place, feature in enumerate(self.features)}
+        chosen = [places[name] for name in names]
+        return Encoder(
+            [self.features[place] for place in chosen], [self._tables[place] for place in chosen]
+        )
 
     def decode(
         self, ids: npt.NDArray[np.int32]
@@ -238,10 +307,8 @@ class Encoder:
         """
         values = np.empty(ids.shape, np.uint32)
         known = np.ones(len(ids), np.bool_)
-        for index, (feature, vocabulary) in enumerate(
-            zip(self._features, self._vocabularies, strict=True)
-        ):
-            whole = None if vocabulary is None else Vocabulary.joined(vocabulary.parts)
+        for index, (feature, table) in enumerate(zip(self.features, self._tables, strict=True)):
+            whole = None if table is None else Vocabulary.joined(table.parts)
             values[:, index], found = values_of_ids(feature, whole, ids[:, index])
             known &= found
         return values, known
@@ -258,15 +325,29 @@ class Encoder:
             Their ids, (n, F), and for each feature, (F,), how many values have none of their own:
             they get the 'other' slot, or -1 where the feature has no such slot.
         """
+        if not library().loaded:
+            return self._encode_plainly(values)
         ids = np.empty(values.shape, np.int32)
-        unknown = np.zeros(len(self._features), np.int64)
-        for index, feature in enumerate(self._features):
+        unknown = np.zeros(len(self.features), np.int64)
+        torch.ops.dlrm.encode_values(
+            torch.from_numpy(np.require(values, np.uint32, ["C", "W"])),
+            *self._native,
+            torch.from_numpy(ids),
+            torch.from_numpy(unknown),
+        )
+        return ids, unknown
+
+    def _encode_plainly(
+        self, values: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        ids = np.empty(values.shape, np.int32)
+        unknown = np.zeros(len(self.features), np.int64)
+        for index, (feature, table) in enumerate(zip(self.features, self._tables, strict=True)):
             column = taken_modulo(values[:, index], feature.value_modulus)
-            vocabulary = self._vocabularies[index]
-            if vocabulary is None:
+            if table is None:
                 ids[:, index] = hashed(column, feature.hash_buckets)
                 continue
-            encoded = vocabulary.encode(column)
+            encoded = table.encode(column)
             is_unknown = encoded < 0
             unknown[index] = is_unknown.sum()
             encoded[is_unknown] = feature.other_id
@@ -309,6 +390,27 @@ def values_of_ids(
 
 
 _HASHED_TRIED = 1 << 22
+
+
+def _refuse_damaged(path: Path, parts: Sequence[Vocabulary], feature: SparseFeature) -> None:
+    """Refuse ids that lead out of a table, and values that cannot be searched."""
+    lowest = min((int(part.ids.min()) for part in parts if len(part)), default=0)
+    highest = max((int(part.ids.max()) for part in parts if len(part)), default=-1)
+    if lowest < 0 or not feature.takes_ids_below(highest + 1):
+        raise UserError(
+            f"{path} is damaged: its ids are {lowest} … {highest}, and the table of "
+            f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
+            "train the run again."
+        )
+    last = -1
+    for part in parts:
+        rises = bool((part.values[1:] > part.values[:-1]).all())
+        if len(part) and not (rises and part.values[0] > last):
+            raise UserError(
+                f"{path} is damaged: its values do not ascend. Prepare the dataset or train the "
+                "run again."
+            )
+        last = int(part.values[-1]) if len(part) else last
 
 
 def taken_modulo(values: npt.NDArray[np.uint32], modulus: int) -> npt.NDArray[np.uint32]:

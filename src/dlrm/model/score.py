@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dlrm.config import Amp, LossConfig
 from dlrm.data.batch import Batch
@@ -14,11 +15,14 @@ from dlrm.model.dlrm import DLRM
 from dlrm.model.loss import probabilities
 from dlrm.model.native import NativeForward, supports
 
+_VECTOR = 64
+"""A multiple of the numbers that any instruction set takes at a time."""
+
 
 class Scorer:
     """Click probabilities from a model, through the native kernels where they take it.
 
-    Through the kernels a row's logit does not depend on the other rows of its batch.
+    Through the kernels a row's probability does not depend on the other rows of its batch.
 
     Args:
         model: Its weights are read at every call. Dropout is off, whatever its mode.
@@ -32,12 +36,21 @@ class Scorer:
         self._amp: Amp = amp
         self._native = NativeForward(model) if supports(model, amp)[0] else None
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels score, which threads can do at a time."""
+        return self._native is not None
+
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return the click probabilities, (B,), of a batch on any device."""
         logits = self._native.logits(batch) if self._native else self._plain_logits(batch)
-        scored: npt.NDArray[np.float32] = probabilities(logits, self._loss).cpu().numpy()
-        return scored
+        # PyTorch's sigmoid rounds otherwise where a vector is not full: the last rows would depend
+        # on how many there are.
+        rows = len(logits)
+        filled = functional.pad(logits, (0, -rows % _VECTOR))
+        scored: npt.NDArray[np.float32] = probabilities(filled, self._loss).cpu().numpy()
+        return scored[:rows]
 
     def _plain_logits(self, batch: Batch) -> Tensor:
         device = self._model.device

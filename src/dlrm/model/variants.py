@@ -78,16 +78,38 @@ def mixed_dimensions(
         temperature: 0: all equal; the larger, the shorter.
         round_dims: Round to the nearest power of 2 as well, but not above embedding_dim.
     """
-    rows = torch.tensor(num_embeddings, dtype=torch.float32)
-    scale = embedding_dim * rows.min().clamp(min=1) ** temperature
-    lengths = (scale * rows.clamp(min=1) ** -temperature).clamp(1, embedding_dim).round()
-    # Where a power is beyond float32, which the reference does not survive.
-    shares = (rows.min().clamp(min=1) / rows.clamp(min=1)).double() ** temperature
-    exact = (embedding_dim * shares).clamp(1, embedding_dim).round().float()
-    lengths = torch.where(lengths.isnan(), exact, lengths)
+    rows = torch.tensor(num_embeddings, dtype=torch.float32).clamp(min=1)
+    lengths = embedding_dim * rows.min() ** temperature * rows**-temperature
+    if lengths.isnan().any():  # a power is beyond float32, which the reference does not survive
+        lengths = embedding_dim * (rows.min() / rows).double() ** temperature
+    lengths = lengths.clamp(1, embedding_dim).round()
     if round_dims:
         lengths = (2 ** lengths.log2().round()).clamp(max=embedding_dim)
     return [int(length) for length in lengths]
+
+
+def larger_than_whole(
+    tables: Sequence[TableConfig], num_embeddings: Sequence[int], embedding_dim: int
+) -> list[str]:
+    """Return the features whose tables take more than a vector for each id would.
+
+    Args:
+        tables: How each feature's table is stored (``resolve_tables``).
+        num_embeddings: Ids of each feature.
+        embedding_dim: Length of a feature's vector.
+    """
+    found = []
+    for table, rows in zip(tables, num_embeddings, strict=True):
+        numbers = whole = rows * embedding_dim
+        if table.variant == "qr":
+            parts = _quotient_remainder(table, rows, 0)
+            numbers = sum(part.rows for part in parts) * embedding_dim
+            numbers //= 2 if table.qr_operation == "concat" else 1
+        elif table.variant == "md" and table.md_dim < embedding_dim:
+            numbers = (rows + embedding_dim) * table.md_dim
+        if numbers > whole:
+            found.append(table.name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -546,6 +546,11 @@ def _importance_figure(found: Importances) -> Shown:
         f"takes away what it tells. Bars are means of {REPEATS} shuffles, whiskers their range. "
         "Features that tell the same share their importance."
     )
+    if len(bars) < len(found.features):
+        note += (
+            f" Drawn are the {len(bars)} of {len(found.features)} features with the largest drop; "
+            "the numbers below have all."
+        )
     return Shown(drawing, _importance_table(found), note)
 
 

@@ -1,13 +1,13 @@
 """Requests wait here for the thread that scores them, several at a time.
 
-While a batch is scored requests collect; the next batch is what is there then. The thread takes
-its work itself, so that it never waits for the event loop.
+While a batch is scored requests collect; the next batch is what is there then. The threads take
+their work themselves, so that they never wait for the event loop. A few rows that find the queue
+empty are scored in the event loop: to hand them to a thread and back takes longer than that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlrm.config import ServeConfig
+from dlrm.device import available_cores
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import Scores, ServedModel
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import RawRows, Rows
 
-logger = logging.getLogger("dlrm")
+AT_ONCE = 8
+"""Rows of a request that need not wait for a thread."""
 
 
 @dataclass(eq=False)
@@ -51,8 +53,13 @@ class Batcher:
         self._queued_rows = 0
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
-        self._thread.start()
+        count = config.threads or max(1, available_cores() // config.workers)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"scoring-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def score(self, model: ServedModel, rows: Rows, timeout: float | None) -> Scores:
         """Wait for the scores of a request's rows.
@@ -69,6 +76,9 @@ class Batcher:
         now = time.monotonic()
         waits = self._config.request_timeout
         deadline = now + (waits if timeout is None else min(waits, timeout))
+        if count <= AT_ONCE and not self._jobs and not self._config.batch_wait_ms:
+            (scores,) = self._score(model, [rows], count)
+            return scores
         job = _Job(model, rows, count, now, deadline, self._loop.create_future())
         with self._changed:
             if self._jobs and self._queued_rows + count > self._config.max_queue_rows:
@@ -92,8 +102,9 @@ class Batcher:
         """Score what was accepted, and end the thread."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _run(self) -> None:
         while jobs := self._next_batch():
@@ -105,17 +116,23 @@ class Batcher:
             ]
             answers: list[Scores] = []
             if kept:
-                began = time.perf_counter()
                 try:
-                    answers = kept[0].model.score([job.rows for job in kept])
+                    answers = self._score(
+                        kept[0].model, [job.rows for job in kept], sum(job.count for job in kept)
+                    )
                 except Exception as error:
                     failures += [(job, error) for job in kept]
                     kept = []
-                self._metrics.batch(sum(job.count for job in kept), time.perf_counter() - began)
             try:
                 self._loop.call_soon_threadsafe(_deliver, kept, answers, failures)
             except RuntimeError:  # the loop has ended, and with it all who waited
                 return
+
+    def _score(self, model: ServedModel, requests: Sequence[Rows], count: int) -> list[Scores]:
+        began = time.perf_counter()
+        scores = model.score(requests)
+        self._metrics.batch(count, time.perf_counter() - began)
+        return scores
 
     def _next_batch(self) -> list[_Job]:
         """Wait for jobs, and take those that are scored together; none: closing."""
@@ -129,7 +146,7 @@ class Batcher:
                 until = self._jobs[0].arrival + config.batch_wait_ms / 1000
                 while self._queued_rows < config.max_batch_rows and not self._closing:
                     left = until - time.monotonic()
-                    if left <= 0 or not self._changed.wait(left):
+                    if left <= 0 or not self._changed.wait(left) or not self._jobs:
                         break
             jobs: list[_Job] = []
             rows = 0

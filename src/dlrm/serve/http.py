@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -122,8 +123,9 @@ class Http:
         length = request.headers.get(_HEADER_LENGTH)
         if length is not None and not re.fullmatch(r"[0-9]{1,12}", length):
             raise wrong(f"{_HEADER_LENGTH} must be a number of bytes; got {length[:40]!r}.")
-        asked = read_http(body, None if length is None else int(length))
-        answer = await self._service.infer(model, asked)
+        header = None if length is None else int(length)
+        size = len(body) if header is None else header + len(body) // 8
+        answer = await self._service.infer(model, partial(read_http, body, header), size)
         content, json_length = write_http(answer)
         response = web.Response(body=content, content_type=_BINARY if json_length else _JSON)
         if json_length is not None:
@@ -232,6 +234,12 @@ def _too_large(limit: int) -> RefusedError:
 
 class _Connection(web.RequestHandler):
     """A connection whose failures are told as the protocol tells them."""
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log what ended a connection, unless a client sent it."""
+        error = kw.get("exc_info")
+        if isinstance(error, BaseException) and not isinstance(error, web.RequestPayloadError):
+            log_failure("a connection", error)
 
     def handle_error(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from dlrm.bundles import BUNDLE, is_bundle
 from dlrm.data.batch import Batch, make_batch
+from dlrm.data.vocabulary import Encoder
+from dlrm.model.score import Scorer
 from dlrm.prediction import Predictor, load
-from dlrm.schema import FeatureSchema
 from dlrm.serve.card import Card, read_card
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import RawRows, Reader, Rows
@@ -46,6 +48,9 @@ class ServedModel:
         version: Another for another content.
         most_rows: Of a request.
         card: What people are told of it.
+
+    Attributes:
+        schema: Its features.
     """
 
     def __init__(
@@ -55,14 +60,17 @@ class ServedModel:
         self.version = version
         self.card = card
         self.reader = Reader(predictor.schema, most_rows)
-        self._predictor = predictor
-        schema = predictor.schema
+        self._encoder = predictor.encoder
+        self._scorer = Scorer(predictor.model, predictor.config.loss, predictor.config.amp)
+        self.schema = schema = predictor.schema
+        # Clients send the same features once again and again; one that does not does no harm.
+        self._encoder_of = lru_cache(maxsize=16)(self._select)
         self._other_ids = np.array([feature.other_id for feature in schema.sparse], np.int32)
         self._one_id = np.array([not feature.multi_hot for feature in schema.sparse])
 
     @staticmethod
     def load(path: Path, name: str, most_rows: int) -> ServedModel:
-        """Load a RUN.
+        """Load a BUNDLE or a RUN.
 
         Raises:
             UserError: It is missing or damaged.
@@ -72,11 +80,6 @@ class ServedModel:
         version = _version(path)
         card = read_card(path, predictor, name, version)
         return ServedModel(predictor, name, version, most_rows, card)
-
-    @property
-    def schema(self) -> FeatureSchema:
-        """Its features."""
-        return self._predictor.schema
 
     def refuse_other(self, name: str, version: str) -> None:
         """Refuse another name or version; an empty version is any.
@@ -116,16 +119,25 @@ class ServedModel:
                 ids = self._ids(rows)
                 batches.append(make_batch(self.schema, rows.dense, ids, None))
                 unknown.append((ids == self._other_ids).sum(axis=1, dtype=np.int32))
-        probabilities = self._predictor.scorer(concatenate(batches))
+        probabilities = self._scorer(concatenate(batches))
+        if len(batches) == 1:
+            return [Scores(probabilities, unknown[0])]
         ends = np.cumsum([len(batch) for batch in batches])[:-1]
         parts = np.split(probabilities, ends)
         return [Scores(*each) for each in zip(parts, unknown, strict=True)]
 
     def _ids(self, rows: RawRows) -> npt.NDArray[np.int32]:
-        values = np.empty((rows.count, len(rows.varying) + len(rows.constant)), np.uint32)
-        values[:, rows.varying] = rows.values
-        values[:, rows.constant] = rows.common
-        return self._predictor.encode(values)[0]
+        assert self._encoder is not None
+        if not len(rows.constant):
+            return self._encoder.encode(rows.values)[0]
+        ids = np.empty((rows.count, len(self.schema.sparse)), np.int32)
+        for places, values in ((rows.varying, rows.values), (rows.constant, rows.common)):
+            ids[:, places] = self._encoder_of(tuple(places)).encode(values)[0]
+        return ids
+
+    def _select(self, places: tuple[int, ...]) -> Encoder:
+        assert self._encoder is not None
+        return self._encoder.select([self.schema.sparse[place].name for place in places])
 
     def _empty_bags(self, batch: Batch) -> npt.NDArray[np.int32]:
         """Return how many bags of features with one id a row hold none, by row."""
@@ -146,8 +158,8 @@ class ServedModel:
             dense = torch.zeros(rows, wide)
             offsets = torch.zeros(rows * features + 1, dtype=torch.int64)
             self.score([Batch(dense, torch.zeros(0, dtype=torch.int64), None, offsets)])
-        if self.schema.encodes_values:
-            self._predictor.encode(np.zeros((1, features), np.uint32))
+        if self._encoder is not None:
+            self._encoder.encode(np.zeros((1, features), np.uint32))
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

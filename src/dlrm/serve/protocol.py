@@ -37,6 +37,9 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 """The protocol's types of a fixed size; BYTES has none."""
 
 
+_LONGEST_MESSAGE = 1000  # it repeats what a client sent
+
+
 class RefusedError(Exception):
     """A request is not answered as it asks.
 
@@ -47,7 +50,9 @@ class RefusedError(Exception):
     """
 
     def __init__(self, status: int, message: str, retry_after: int = 0) -> None:
-        super().__init__(message)
+        # A path that is no UTF-8 could not be answered.
+        shown = message[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace").decode()
+        super().__init__(shown)
         self.status = status
         self.retry_after = retry_after
 
@@ -57,8 +62,7 @@ def wrong(message: str) -> RefusedError:
     return RefusedError(400, message)
 
 
-@dataclass(frozen=True, eq=False)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True, eq=False):
     """A tensor as it came.
 
     Attributes:
@@ -164,7 +168,7 @@ def read_http(body: bytes, header_length: int | None) -> InferRequest:
         else:
             if not isinstance(size, int) or not 0 <= size <= len(body) - start or each.data:
                 raise wrong(
-                    f"input {each.name!r} has a binary_data_size of {size!r}"
+                    f"input {each.name!r} has a binary_data_size of {_shown(size)}"
                     + (" beside data." if each.data else "")
                     + f", and {len(body) - start} bytes are left behind the JSON."
                 )
@@ -195,6 +199,8 @@ def _add(inputs: dict[str, Tensor], tensor: Tensor) -> None:
 
 def _refuse_parameters(parameters: Mapping[str, Any], where: str) -> None:
     """Refuse what would change the meaning of a request and is not offered."""
+    if not parameters or parameters.keys() == {"binary_data_size"}:
+        return
     for name in ("shared_memory_region", "classification"):
         if name in parameters:
             raise wrong(f"{where} has the parameter {name}, which this server does not offer.")
@@ -205,7 +211,7 @@ def _refuse_parameters(parameters: Mapping[str, Any], where: str) -> None:
 def _flag(parameters: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise wrong(f"{where} has the parameter {name} {value!r}, expected true or false.")
+        raise wrong(f"{where} has the parameter {name} {_shown(value)}, expected true or false.")
     return value
 
 
@@ -216,14 +222,22 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
         return None
     if isinstance(microseconds, str) and microseconds.isdecimal() and len(microseconds) < 20:
         microseconds = int(microseconds)
-    if not isinstance(microseconds, int) or isinstance(microseconds, bool) or microseconds < 0:
-        raise wrong(f"the timeout is {microseconds!r}, expected microseconds.")
+    if type(microseconds) is not int or not 0 <= microseconds < 1 << 63:
+        raise wrong(f"the timeout is {_shown(microseconds)}, expected microseconds.")
     return microseconds / 1e6 if microseconds else None
 
 
+def _shown(value: Any) -> str:
+    """Return a value that a client chose, as text."""
+    try:
+        return repr(value)[:100]
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of too many digits"
+
+
 def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) > 8 or any(not 0 <= size < 2**31 for size in shape):
-        raise wrong(f"input {name!r} has the shape {list(shape)[:9]}.")
+    if len(shape) > 8 or (shape and not 0 <= min(shape) <= max(shape) < 2**31):
+        raise wrong(f"input {name!r} has the shape {_shown(list(shape)[:9])}.")
     return tuple(shape)
 
 
@@ -302,7 +316,8 @@ def _from_json(tensor: _Input, shape: tuple[int, ...]) -> Tensor:
         null = math.nan if kind == "f" else 0
         elements = [null if element is None else element for element in elements]
     try:
-        numbers = np.array(elements, DTYPES[datatype])
+        with np.errstate(over="ignore"):  # beyond FP32 or FP16 is infinity
+            numbers = np.array(elements, DTYPES[datatype])
     except OverflowError as error:
         raise wrong(f"input {name!r} has a number beyond {datatype}: {error}.") from error
     return Tensor(name, datatype, shape, numbers, missing=missing)
@@ -375,7 +390,7 @@ def _from_contents(tensor: Any, shape: tuple[int, ...]) -> Tensor:
     if datatype == "BYTES":
         return Tensor(name, datatype, shape, texts=list(elements))
     try:
-        numbers = np.array(elements, DTYPES[datatype])
+        numbers = np.array(list(elements), DTYPES[datatype])  # of the list itself NumPy wraps
     except OverflowError as error:
         raise wrong(f"input {name!r} has a number beyond {datatype}: {error}.") from error
     return Tensor(name, datatype, shape, numbers)

@@ -8,8 +8,9 @@ of a user needs to be sent, and encoded, only once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -100,33 +101,29 @@ class Reader:
             )
         self._refuse_names(inputs)
         rows = self._row_count(inputs)
-        dense = np.empty((rows, len(self._dense)), np.int32)
         if DENSE in inputs and DENSE in self._reserved:
-            dense[:] = _counts(inputs[DENSE]).reshape(-1, len(self._dense))
+            counts = _counts([inputs[DENSE]]).reshape(-1, len(self._dense))
+            dense = np.ascontiguousarray(np.broadcast_to(counts, (rows, len(self._dense))))
         else:
-            for name, index in self._dense.items():
-                dense[:, index] = _counts(inputs[name])
+            tensors = [inputs[name] for name in self._dense]
+            dense = _matrix(_counts(tensors), [each.elements for each in tensors], rows)
+        none = np.arange(0)
+        every = np.arange(len(self._sparse))
         if SPARSE in inputs and SPARSE in self._reserved:
-            tensor = inputs[SPARSE]
-            matrix = _values([tensor]).reshape(-1, len(self._sparse))
-            every, none = np.arange(len(self._sparse)), np.arange(0)
+            matrix = _values([inputs[SPARSE]]).reshape(-1, len(self._sparse))
             if len(matrix) == rows:
-                return RawRows(rows, dense, matrix, every, np.empty((1, 0), np.uint32), none)
+                return RawRows(rows, dense, matrix, every, _NO_VALUES, none)
             return RawRows(rows, dense, np.empty((rows, 0), np.uint32), none, matrix, every)
         tensors = [inputs[name] for name in self._sparse]
+        sizes = [each.elements for each in tensors]
         flat = _values(tensors)
-        sizes = np.array([tensor.elements for tensor in tensors])
-        if (sizes == rows).all():
-            matrix = np.ascontiguousarray(flat.reshape(len(tensors), rows).T)
-            every, none = np.arange(len(tensors)), np.arange(0)
-            return RawRows(rows, dense, matrix, every, np.empty((1, 0), np.uint32), none)
-        varying, constant = np.flatnonzero(sizes == rows), np.flatnonzero(sizes != rows)
-        columns = np.split(flat, np.cumsum(sizes)[:-1])
-        values = np.empty((rows, len(varying)), np.uint32)
-        for place, feature in enumerate(varying):
-            values[:, place] = columns[feature]
-        common = np.concatenate([columns[feature] for feature in constant])[None, :]
-        return RawRows(rows, dense, values, varying, common, constant)
+        if len(flat) == rows * len(tensors):
+            return RawRows(rows, dense, _matrix(flat, sizes, rows), every, _NO_VALUES, none)
+        is_common = np.array(sizes) != rows
+        from_common = np.repeat(is_common, sizes)
+        varying, constant = np.flatnonzero(~is_common), np.flatnonzero(is_common)
+        values = _matrix(flat[~from_common], [rows] * len(varying), rows)
+        return RawRows(rows, dense, values, varying, flat[from_common][None, :], constant)
 
     def _refuse_names(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse features that are missing, that come twice, and inputs that are none."""
@@ -225,8 +222,35 @@ def _bags_of_matrix(features: torch.Tensor, ids: torch.Tensor) -> Batch:
     return Batch(features, ids.reshape(-1)[known], None, offsets)
 
 
-def _counts(tensor: Tensor) -> npt.NDArray[np.int32]:
-    """Return dense features, missing and negative ones 0, as preparation takes them."""
+T = TypeVar("T", bound=np.generic)
+_NO_VALUES = np.empty((1, 0), np.uint32)
+
+
+def _matrix(flat: npt.NDArray[T], sizes: Sequence[int], rows: int) -> npt.NDArray[T]:
+    """Return columns that lie one after the other, each of so many rows or of one, side by side."""
+    if len(flat) == rows * len(sizes):
+        return np.ascontiguousarray(flat.reshape(len(sizes), rows).T)
+    matrix = np.empty((rows, len(sizes)), flat.dtype)
+    start = 0
+    for column, size in enumerate(sizes):
+        matrix[:, column] = flat[start : start + size]
+        start += size
+    return matrix
+
+
+def _counts(tensors: Sequence[Tensor]) -> npt.NDArray[np.int32]:
+    """Return dense features, one after the other; missing and negative ones are 0."""
+    numbers = [each.numbers for each in tensors if each.numbers is not None]
+    if len(numbers) == len(tensors) > 1 and len({each.dtype for each in numbers}) == 1:
+        # All at once: a call of NumPy's costs as much as a hundred numbers.
+        together = Tensor("", tensors[0].datatype, (), np.concatenate(numbers))
+        with suppress(RefusedError):  # which has to name the one that is wrong
+            return _count_column(together)
+    return np.concatenate([np.zeros(0, np.int32), *map(_count_column, tensors)])
+
+
+def _count_column(tensor: Tensor) -> npt.NDArray[np.int32]:
+    """Return a dense feature as preparation takes it."""
     numbers = tensor.numbers
     if numbers is None or numbers.dtype.kind == "b":
         raise wrong(
@@ -251,12 +275,11 @@ def _counts(tensor: Tensor) -> npt.NDArray[np.int32]:
 def _values(tensors: Sequence[Tensor]) -> npt.NDArray[np.uint32]:
     """Return the sparse values of tensors, one after the other; missing ones are 0."""
     if all(tensor.packed is not None for tensor in tensors):
-        # All at once: a call of NumPy's costs as much as a hundred values.
         whole = b"".join([tensor.packed for tensor in tensors if tensor.packed is not None])
         found = _unpacked(whole, sum(tensor.elements for tensor in tensors))
         if found is not None:
             return found
-    return np.concatenate([_value_column(tensor) for tensor in tensors])
+    return np.concatenate([np.zeros(0, np.uint32), *map(_value_column, tensors)])
 
 
 def _value_column(tensor: Tensor) -> npt.NDArray[np.uint32]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from dlrm.config import size_bytes
 from dlrm.serve.access import AccessLog
@@ -39,8 +41,9 @@ class Rpc:
             options=(
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.so_reuseport", 1),
-                ("grpc.max_concurrent_streams", 1024),
-            )
+                ("grpc.max_connection_idle_ms", int(1000 * service.config.idle_timeout)),
+            ),
+            maximum_concurrent_rpcs=service.config.max_connections,
         )
         handlers = {name: self._handler(name) for name in METHODS}
         self.server.add_generic_rpc_handlers(
@@ -49,11 +52,16 @@ class Rpc:
 
     def _handler(self, name: str) -> Any:
         answer = getattr(self, f"_{name}")
+        kind = MESSAGES[f"{name}Request"]
 
-        async def handle(request: Any, context: Any) -> Any:
+        async def handle(content: bytes, context: Any) -> Any:
             took = Stopwatch()
             code = grpc.StatusCode.OK
             try:
+                try:
+                    request = kind.FromString(content)
+                except DecodeError as error:
+                    raise wrong(f"the message is no {name}Request.") from error
                 return await answer(request, context)
             except RefusedError as error:
                 code = _CODES[error.status]
@@ -75,7 +83,6 @@ class Rpc:
 
         return grpc.unary_unary_rpc_method_handler(
             handle,
-            request_deserializer=MESSAGES[f"{name}Request"].FromString,
             response_serializer=MESSAGES[f"{name}Response"].SerializeToString,
         )
 
@@ -98,8 +105,10 @@ class Rpc:
 
     async def _ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         model = self._service.find(request.model_name, request.model_version)
-        asked = read_grpc(request)
-        return write_grpc(await self._service.infer(model, asked, context.time_remaining()))
+        size = request.ByteSize() // 8
+        waits = context.time_remaining()
+        answer = await self._service.infer(model, partial(read_grpc, request), size, waits)
+        return write_grpc(answer)
 
     async def _RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         models = self._service.index(only_ready=request.ready)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dlrm.config import ServeConfig
@@ -13,9 +15,13 @@ from dlrm.serve.batching import Batcher
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import OUTPUTS, ServedModel
 from dlrm.serve.protocol import EXTENSIONS, InferAnswer, InferRequest, RefusedError, refuse_outputs
+from dlrm.serve.rows import Rows
 from dlrm.version import __version__
 
 logger = logging.getLogger("dlrm")
+
+_LARGE_BYTES = 1 << 16
+"""What is larger is read in a thread, since the event loop would stand still for a millisecond."""
 
 Reload = Callable[[], Awaitable[str]]
 """Loads the model anew in all processes; returns why it could not, or nothing."""
@@ -43,6 +49,7 @@ class Service:
         self.model: ServedModel | None = None
         self.draining = False
         self._batcher = batcher
+        self._large = ThreadPoolExecutor(1, "reading")
         self._reload = reload
 
     @property
@@ -104,20 +111,28 @@ class Service:
             raise RefusedError(400, f"the model was not loaded, the earlier one stays: {reason}")
 
     async def infer(
-        self, model: ServedModel, request: InferRequest, timeout: float | None = None
+        self,
+        model: ServedModel,
+        read: Callable[[], InferRequest],
+        size: int,
+        timeout: float | None = None,
     ) -> InferAnswer:
         """Answer an infer request.
 
         Args:
             model: What ``find`` gave.
-            request: What is asked for.
+            read: Gives what is asked for, or refuses it.
+            size: Of what it reads: bytes of JSON, or 8 times as many of binary tensors.
             timeout: Seconds that the client waits; None: it did not say other than in the request.
 
         Raises:
             RefusedError: It is wrong (4xx), or there is no room or time for it (503, 504).
         """
-        refuse_outputs(request, OUTPUTS)
-        rows = model.reader.read(request.inputs)
+        if size > _LARGE_BYTES:
+            loop = asyncio.get_running_loop()
+            request, rows = await loop.run_in_executor(self._large, _read, model, read)
+        else:
+            request, rows = _read(model, read)
         waits = [each for each in (timeout, request.timeout) if each is not None]
         scores = await self._batcher.score(model, rows, min(waits, default=None))
         self.metrics.rows.inc(len(scores.probabilities))
@@ -128,6 +143,12 @@ class Service:
             "unknown_ids": ("INT32", scores.unknown_ids),
         }
         return InferAnswer(model.name, model.version, request, outputs)
+
+
+def _read(model: ServedModel, read: Callable[[], InferRequest]) -> tuple[InferRequest, Rows]:
+    request = read()
+    refuse_outputs(request, OUTPUTS)
+    return request, model.reader.read(request.inputs)
 
 
 def log_failure(what: str, error: BaseException) -> str:

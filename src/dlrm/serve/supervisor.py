@@ -202,6 +202,7 @@ class _Supervisor:
     def _start_worker(self) -> None:
         worker = self._fork(lambda control: run_worker(self._config, self._place, control))
         self._workers[worker.pid] = worker
+        logger.info("process %d is started", worker.pid)
         if self._served:
             self._tell_to_load(worker)
 

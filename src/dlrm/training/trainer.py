@@ -31,6 +31,7 @@ from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError
 from dlrm.evaluation import SplitResult, evaluate_split
 from dlrm.metrics import Metrics
 from dlrm.model.dlrm import DLRM, initialize, whole_table_bytes
+from dlrm.model.variants import larger_than_whole
 from dlrm.predictions import PredictionsWriter
 from dlrm.runs import (
     Run,
@@ -131,6 +132,14 @@ class Trainer:
                 "the embedding tables take %.1f MB; each whole, they would take %.1f MB",
                 stored / 1e6,
                 whole / 1e6,
+            )
+        if larger := larger_than_whole(
+            self.model.tables, run.schema.num_embeddings, config.model.embedding_dim
+        ):
+            logger.warning(
+                "the tables of %s take more so than whole ones would: lower --qr-collisions or "
+                "md_dim, or raise --qr-threshold or --md-threshold",
+                ", ".join(larger),
             )
         self.optimizer = Optimizer(self.model, config.optimizer, config.seed)
         self.position = Position()

@@ -1,0 +1,253 @@
+// Looks raw values up in sorted vocabularies, which may be mapped files: nothing is copied.
+//
+// A vocabulary is parts of ascending values. An index of a part tells for each of equal ranges of
+// numbers which values lie in it: hashed values are spread evenly, so that a range has a few, and
+// where they are not, a binary search within the range is left. What a lookup waits for is memory,
+// three times (the index, the values, the ids), so that a tile of lookups takes each of these steps
+// together, with the memory of the next step on its way.
+
+#include <torch/library.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "arguments.h"
+
+namespace dlrm {
+namespace {
+
+constexpr int64_t kTile = 1024;   // lookups that are on their way together
+constexpr uint32_t kWindow = 16;  // values that are compared all at once: a line of the cache
+constexpr int64_t kSmall = 1 << 15;  // values that caches hold, with their ids
+
+struct Part {
+  const uint32_t* values;
+  const int32_t* ids;
+  const uint32_t* starts;
+  uint64_t factor;
+  uint32_t first, last, size;
+
+  // Which of the ranges a value in first … last lies in.
+  uint64_t range_of(uint32_t value) const { return (value - first) * factor >> 32; }
+
+  // Between which places a range's values lie.
+  void bounds_of(uint32_t range, uint32_t* low, uint32_t* high) const {
+    *high = std::min(starts[range + 1], size);
+    *low = std::min(starts[range], *high);
+  }
+
+  // The place of the first value that is not below one: there, if it has that value at all. Ranges
+  // of different lengths take the same steps, since a branch that is guessed wrong costs more.
+  uint32_t place_of(uint32_t low, uint32_t high, uint32_t value) const {
+    while (high - low > kWindow) {
+      const uint32_t middle = low + (high - low) / 2;
+      if (values[middle] < value) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    uint32_t below = 0;
+    if (size < kWindow) {
+      for (uint32_t i = 0; i < size; ++i) below += values[i] < value;
+      return below;
+    }
+    low = std::min(low, size - kWindow);  // what comes in before it is below the value too
+    const uint32_t* window = values + low;  // an index that could overflow would be no vector's
+    for (uint32_t i = 0; i < kWindow; ++i) below += window[i] < value;
+    return low + below;
+  }
+
+  bool has(uint32_t value, uint32_t place) const { return place < size && values[place] == value; }
+};
+
+uint64_t factor_of(uint32_t first, uint32_t last, uint64_t ranges) {
+  return (ranges << 32) / (static_cast<uint64_t>(last) - first + 1);
+}
+
+// Fills starts, one more than there are ranges: how many values lie in earlier ranges.
+void index_values(const at::Tensor& values, at::Tensor& starts) {
+  const int64_t size = values.numel();
+  const int64_t ranges = starts.numel() - 1;
+  check_tensor(values, at::kUInt32, {size}, "values");
+  check_tensor(starts, at::kUInt32, {ranges + 1}, "starts");
+  TORCH_CHECK(size > 0 && size < int64_t{1} << 31 && ranges > 0 && ranges < int64_t{1} << 31,
+              "dlrm::index_values: expected values and ranges, fewer than 2**31 of each");
+  const uint32_t* value = values.const_data_ptr<uint32_t>();
+  uint32_t* start = starts.mutable_data_ptr<uint32_t>();
+  TORCH_CHECK(value[0] <= value[size - 1], "dlrm::index_values: values must ascend");
+  const uint64_t factor = factor_of(value[0], value[size - 1], ranges);
+  uint64_t range = 0;  // up to which starts are known
+  start[0] = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    TORCH_CHECK(i == 0 || value[i] > value[i - 1], "dlrm::index_values: values must ascend");
+    for (const uint64_t own = (value[i] - value[0]) * factor >> 32; range < own;) {
+      start[++range] = static_cast<uint32_t>(i);
+    }
+  }
+  while (range < static_cast<uint64_t>(ranges)) start[++range] = static_cast<uint32_t>(size);
+}
+
+struct Feature {
+  const Part* parts;
+  int64_t part_count;
+  int32_t other;
+  uint32_t modulus, buckets;
+
+  uint32_t value_of(uint32_t raw) const { return modulus ? raw % modulus : raw; }
+
+  // The part that has a value, if any has.
+  const Part* part_of(uint32_t value) const {
+    int64_t part = -1;
+    for (int64_t p = 0; p < part_count; ++p) part += parts[p].first <= value;
+    return part >= 0 && value <= parts[part].last ? parts + part : nullptr;
+  }
+};
+
+uint64_t mix(uint64_t value) {
+  value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9u;
+  value = (value ^ value >> 27) * 0x94D049BB133111EBu;
+  return value ^ value >> 31;
+}
+
+void encode_values(const at::Tensor& values, const at::Tensor& rules, at::TensorList part_values,
+                   at::TensorList part_ids, at::TensorList part_starts, const at::Tensor& bounds,
+                   at::Tensor& ids, at::Tensor& unknown) {
+  const int64_t rows = values.size(0);
+  const int64_t features = values.size(1);
+  const int64_t part_count = static_cast<int64_t>(part_values.size());
+  check_tensor(values, at::kUInt32, {rows, features}, "values");
+  check_tensor(rules, at::kLong, {features, 5}, "rules");
+  check_tensor(bounds, at::kLong, {part_count, 2}, "bounds");
+  check_tensor(ids, at::kInt, {rows, features}, "ids");
+  check_tensor(unknown, at::kLong, {features}, "unknown");
+  TORCH_CHECK(part_ids.size() == part_values.size() && part_starts.size() == part_values.size(),
+              "dlrm::encode_values: each part has values, ids and starts");
+  std::vector<Part> parts(part_count);
+  for (int64_t i = 0; i < part_count; ++i) {
+    const int64_t size = part_values[i].numel();
+    const int64_t ranges = part_starts[i].numel() - 1;
+    check_tensor(part_values[i], at::kUInt32, {size}, "values of a part");
+    check_tensor(part_ids[i], at::kInt, {size}, "ids of a part");
+    check_tensor(part_starts[i], at::kUInt32, {ranges + 1}, "starts of a part");
+    const int64_t* bound = bounds.const_data_ptr<int64_t>() + 2 * i;
+    TORCH_CHECK(ranges > 0 && 0 <= bound[0] && bound[0] <= bound[1] && bound[1] < int64_t{1} << 32,
+                "dlrm::encode_values: a part has bounds that ascend, and ranges");
+    const uint32_t first = static_cast<uint32_t>(bound[0]), last = static_cast<uint32_t>(bound[1]);
+    parts[i] = {part_values[i].const_data_ptr<uint32_t>(),
+                part_ids[i].const_data_ptr<int32_t>(),
+                part_starts[i].const_data_ptr<uint32_t>(),
+                factor_of(first, last, ranges),
+                first,
+                last,
+                static_cast<uint32_t>(size)};
+  }
+  std::vector<Feature> described(features);
+  for (int64_t f = 0; f < features; ++f) {
+    const int64_t* rule = rules.const_data_ptr<int64_t>() + 5 * f;
+    TORCH_CHECK(0 <= rule[0] && rule[0] <= rule[1] && rule[1] <= part_count && 0 <= rule[3] &&
+                    0 <= rule[4],
+                "dlrm::encode_values: a rule names parts that there are, and no negative numbers");
+    described[f] = {parts.data() + rule[0], rule[1] - rule[0], static_cast<int32_t>(rule[2]),
+                    static_cast<uint32_t>(rule[3]), static_cast<uint32_t>(rule[4])};
+  }
+  const uint32_t* raw = values.const_data_ptr<uint32_t>();
+  int32_t* id = ids.mutable_data_ptr<int32_t>();
+  int64_t* unknown_of = unknown.mutable_data_ptr<int64_t>();
+
+  // Of large tables, whose memory must be waited for; the others are looked up at once.
+  std::vector<int64_t> staged;
+  for (int64_t f = 0; f < features; ++f) {
+    const Feature& feature = described[f];
+    int64_t size = 0;
+    for (int64_t p = 0; p < feature.part_count; ++p) size += feature.parts[p].size;
+    if (!feature.buckets && size > kSmall) staged.push_back(f);
+  }
+  const int64_t large = static_cast<int64_t>(staged.size());
+  const int64_t tile_rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, large));
+  struct Lookup {
+    const Part* part;
+    uint32_t value, low, high;
+  };
+  std::vector<Lookup> lookups(large * tile_rows);
+  for (int64_t begin = 0; begin < rows; begin += tile_rows) {
+    const int64_t tile = std::min(tile_rows, rows - begin);
+    const auto each = [&](const auto& step) {
+      for (int64_t s = 0; s < large; ++s) {
+        for (int64_t r = 0; r < tile; ++r) {
+          step(lookups[s * tile_rows + r], staged[s], (begin + r) * features + staged[s]);
+        }
+      }
+    };
+    each([&](Lookup& lookup, int64_t f, int64_t cell) {
+      lookup.value = described[f].value_of(raw[cell]);
+      lookup.part = described[f].part_of(lookup.value);
+      if (!lookup.part) return;
+      lookup.low = static_cast<uint32_t>(lookup.part->range_of(lookup.value));
+      __builtin_prefetch(lookup.part->starts + lookup.low);
+    });
+    each([&](Lookup& lookup, int64_t, int64_t) {
+      if (!lookup.part) return;
+      lookup.part->bounds_of(lookup.low, &lookup.low, &lookup.high);
+      __builtin_prefetch(lookup.part->values + lookup.low);
+      __builtin_prefetch(lookup.part->values + lookup.low + kWindow - 1);
+    });
+    each([&](Lookup& lookup, int64_t, int64_t) {
+      if (!lookup.part) return;
+      lookup.low = lookup.part->place_of(lookup.low, lookup.high, lookup.value);
+      if (lookup.part->has(lookup.value, lookup.low)) {
+        __builtin_prefetch(lookup.part->ids + lookup.low);
+      } else {
+        lookup.part = nullptr;
+      }
+    });
+    each([&](Lookup& lookup, int64_t f, int64_t cell) {
+      unknown_of[f] += !lookup.part;
+      id[cell] = lookup.part ? lookup.part->ids[lookup.low] : described[f].other;
+    });
+    for (int64_t f = 0, s = 0; f < features; ++f) {
+      if (s < large && staged[s] == f) {
+        ++s;
+        continue;
+      }
+      const Feature& feature = described[f];
+      for (int64_t cell = begin * features + f; cell < (begin + tile) * features;
+           cell += features) {
+        const uint32_t value = feature.value_of(raw[cell]);
+        if (feature.buckets) {
+          id[cell] = static_cast<int32_t>((mix(value) >> 32) * feature.buckets >> 32);
+          continue;
+        }
+        const Part* part = feature.part_of(value);
+        uint32_t place = 0;
+        if (part) {
+          uint32_t low, high;
+          part->bounds_of(static_cast<uint32_t>(part->range_of(value)), &low, &high);
+          place = part->place_of(low, high, value);
+          if (!part->has(value, place)) part = nullptr;
+        }
+        unknown_of[f] += !part;
+        id[cell] = part ? part->ids[place] : feature.other;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dlrm
+
+TORCH_LIBRARY_FRAGMENT(dlrm, library) {
+  library.def("index_values(Tensor values, Tensor(a!) starts) -> ()");
+  library.def(
+      "encode_values(Tensor values, Tensor rules, Tensor[] part_values, Tensor[] part_ids, "
+      "Tensor[] part_starts, Tensor bounds, Tensor(a!) ids, Tensor(b!) unknown) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(dlrm, CPU, library) {
+  library.impl("index_values", &dlrm::index_values);
+  library.impl("encode_values", &dlrm::encode_values);
+}

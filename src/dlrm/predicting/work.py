@@ -1,0 +1,188 @@
+"""What is scored already, beside an output until that is written: nothing is done twice.
+
+Hidden beside OUTPUT lies a folder ``.OUTPUT.work``: probabilities (and labels, where rows have
+them), one after the other, and a journal that says how many of them count, for which model, input
+and options, and where reading goes on. What lies in the files beyond that number was written by a
+process that was killed, and is cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm.data.criteo import Position
+from dlrm.errors import UserError
+from dlrm.files import FORMAT_VERSION, environment_faults, open_to_append, read_json, write_json
+
+_READ_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Journal:
+    """How far a prediction has come."""
+
+    begun_with: dict[str, str]
+    """What the probabilities depend on, by what it is called in messages."""
+    labelled: bool | None = None
+    """Whether rows have labels; None: there were none yet."""
+    position: Position = field(default_factory=Position)
+    """Where the next row is read."""
+    unknown: tuple[int, ...] = ()
+    """How many values of each sparse feature were unknown."""
+    complete: bool = False
+    """Whether all rows are scored."""
+    format_version: str = FORMAT_VERSION
+
+
+class Work:
+    """The folder, open to append to.
+
+    Args:
+        output: What the prediction is for.
+        begun_with: What the probabilities depend on; None: that is not known, so that nothing can
+            be gone on with.
+        seconds: After so many a journal is written.
+
+    Attributes:
+        journal: Of all rows that were added.
+        differences: What was begun with otherwise, if something else was begun.
+    """
+
+    def __init__(
+        self, output: Path, begun_with: Mapping[str, str] | None, *, seconds: float = 5.0
+    ) -> None:
+        self.folder = output.with_name(f".{output.name}.work")
+        self.differences: list[str] = []
+        found = self._found(dict(begun_with)) if begun_with is not None else None
+        self.journal = found or Journal(dict(begun_with or {}))
+        self._seconds = seconds
+        self._saved = time.monotonic()
+        self._files = ExitStack()
+        rows = self.journal.position.row
+        with environment_faults(f"write to {self.folder}"):
+            if not rows:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
+        self._probabilities = self._append("probabilities", 4 * rows)
+        self._labels = self._append("labels", rows if self.journal.labelled else 0)
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files; where something failed already, what else does is not told."""
+        with suppress(OSError) if error else environment_faults(f"write to {self.folder}"):
+            self._files.close()
+
+    def add(
+        self,
+        probabilities: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.uint8] | None,
+        unknown: npt.NDArray[np.int64],
+        end: Position,
+    ) -> None:
+        """Add scored rows, and write a journal if the last one is old.
+
+        Args:
+            probabilities: (n,).
+            labels: (n,), or None.
+            unknown: (F,), of these rows.
+            end: Where the next row is read.
+
+        Raises:
+            EnvironmentFaultError: The disk is full or fails.
+        """
+        with environment_faults(f"write to {self.folder}"):
+            self._probabilities.write(probabilities.astype("<f4").tobytes())
+            if labels is not None:
+                self._labels.write(labels.tobytes())
+        before = self.journal.unknown or (0,) * len(unknown)
+        total = tuple(int(a + b) for a, b in zip(before, unknown, strict=True))
+        self.journal = replace(
+            self.journal, labelled=labels is not None, position=end, unknown=total
+        )
+        if time.monotonic() - self._saved >= self._seconds:
+            self.save()
+
+    def save(self, *, complete: bool = False) -> None:
+        """Make durable what was added, then the journal that says so.
+
+        Raises:
+            EnvironmentFaultError: The disk is full or fails.
+        """
+        with environment_faults(f"write to {self.folder}"):
+            for file in (self._probabilities, self._labels):
+                file.flush()
+                os.fsync(file.fileno())
+        journal = replace(self.journal, complete=complete)
+        write_json(self.folder / "journal.json", journal)
+        self.journal = journal
+        self._saved = time.monotonic()
+
+    def read(
+        self,
+    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]]:
+        """Read all rows again, in order: probabilities, and labels where there are some.
+
+        Raises:
+            EnvironmentFaultError: The disk fails.
+        """
+        labelled = bool(self.journal.labelled)
+        with (
+            environment_faults(f"read {self.folder}"),
+            open(self.folder / "probabilities", "rb") as probabilities,
+            open(self.folder / "labels", "rb") as labels,
+        ):
+            while content := probabilities.read(4 * _READ_ROWS):
+                rows = np.frombuffer(content, "<f4").astype(np.float32, copy=False)
+                yield rows, np.frombuffer(labels.read(len(rows)), np.uint8) if labelled else None
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it."""
+        with suppress(OSError):
+            self._files.close()
+        with environment_faults(f"write to {self.folder}"):
+            # Without a journal the rest means nothing, should this be interrupted.
+            (self.folder / "journal.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder)
+
+    def _found(self, begun_with: dict[str, str]) -> Journal | None:
+        """Return the journal of an interrupted prediction, if this one goes on with it."""
+        try:
+            journal = read_json(self.folder / "journal.json", Journal, "prediction")
+        except UserError:
+            return None
+        self.differences = [
+            name
+            for name in sorted(begun_with | journal.begun_with)
+            if begun_with.get(name) != journal.begun_with.get(name)
+        ]
+        rows = journal.position.row
+        sizes = {"probabilities": 4 * rows, "labels": rows if journal.labelled else 0}
+        if self.differences or not all(
+            (self.folder / name).exists() and (self.folder / name).stat().st_size >= size
+            for name, size in sizes.items()
+        ):
+            return None
+        return journal
+
+    def _append(self, name: str, size: int) -> IO[bytes]:
+        with environment_faults(f"write to {self.folder}"):
+            return self._files.enter_context(open_to_append(self.folder / name, size))

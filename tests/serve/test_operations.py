@@ -1,0 +1,258 @@
+"""Starting, reloading, losing a process and ending, while clients go on."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+from dlrm.prediction import load
+from dlrm.serve.model import ServedModel
+
+INFER = "/v2/models/dlrm/infer"
+ROWS = slice(0, 3)
+
+
+class Load:
+    """Clients that ask and check the answers until they are told to stop, or the server ends.
+
+    Args:
+        server: Whom they ask.
+        client: What they ask.
+        expected: By version, the right answers.
+    """
+
+    def __init__(self, server: Any, client: Any, expected: dict[str, Any]) -> None:
+        self._server = server
+        self._client = client
+        self._expected = expected
+        self._stopped = threading.Event()
+        self.versions: list[str] = []
+        self.faults: list[str] = []
+        works = (self._over_http, self._over_http, self._over_grpc, self._look_whether_ready)
+        self._threads = [threading.Thread(target=self._guarded, args=(work,)) for work in works]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+    def join(self) -> None:
+        """Wait until the server has said that it ends."""
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+    def wait_for(self, version: str) -> None:
+        end = time.monotonic() + 20
+        while self.versions[-4:].count(version) < 4:
+            assert time.monotonic() < end, (self.faults, self._server.log())
+            time.sleep(0.01)
+
+    def _guarded(self, work: Any) -> None:
+        try:
+            while not self._stopped.is_set():
+                work()
+        except Exception as error:
+            self.faults.append(repr(error))
+
+    def _check(self, version: str, found: Any) -> None:
+        np.testing.assert_allclose(found, self._expected[version][ROWS], atol=1e-6)
+        self.versions.append(version)
+
+    def _over_http(self) -> None:
+        host, port = self._server.http.split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        body = self._client.json(ROWS)
+        while not self._stopped.is_set():
+            connection.request("POST", INFER, body)
+            answer = connection.getresponse()
+            content = json.loads(answer.read())
+            assert answer.status == 200, content
+            self._check(content["model_version"], content["outputs"][0]["data"])
+        connection.close()
+
+    def _over_grpc(self) -> None:
+        with tritonclient.grpc.InferenceServerClient(self._server.grpc) as infers:
+            tensors = self._client.tensors(tritonclient.grpc, ROWS)
+            while not self._stopped.is_set():
+                answer = infers.infer("dlrm", tensors)
+                self._check(answer.get_response().model_version, answer.as_numpy("probabilities"))
+
+    def _look_whether_ready(self) -> None:
+        """Stop when the server no longer wants requests, as a load balancer would."""
+        host, port = self._server.http.split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.request("GET", "/v2/health/ready")
+        if connection.getresponse().status != 200:
+            self._stopped.set()
+        connection.close()
+        time.sleep(0.02)
+
+
+def version_of(run: Path) -> str:
+    return ServedModel.load(run, "dlrm", 8).version
+
+
+def test_no_request_is_lost_by_reloads_and_at_the_end(
+    start_server: Any, train_run: Any, run: Path, client: Any, tmp_path: Path
+) -> None:
+    other = train_run(tmp_path / "other", seed=2)
+    broken = tmp_path / "broken"
+    shutil.copytree(other, broken)
+    checkpoint = broken / "checkpoints" / "best.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    link = tmp_path / "link"
+
+    def lead_to(target: Path) -> None:
+        new = tmp_path / "new"
+        new.symlink_to(target)
+        new.rename(link)
+
+    first, second = version_of(run), version_of(other)
+    expected = {first: client.expected, second: load(other).predict(client.columns)}
+    assert np.abs(expected[first] - expected[second]).max() > 1e-3
+    lead_to(run)
+    with start_server(link, "--workers", "2", "--drain-seconds", "0.5") as server:
+        clients = Load(server, client, expected)
+        clients.wait_for(first)
+
+        lead_to(other)
+        server.process.send_signal(signal.SIGHUP)
+        clients.wait_for(second)
+        lead_to(run)
+        assert ask(server, "/v2/repository/models/dlrm/load") == (200, {})
+        clients.wait_for(first)
+
+        lead_to(broken)
+        status, answer = ask(server, "/v2/repository/models/dlrm/load")
+        assert status == 400
+        assert str(checkpoint) in answer["error"]
+        assert "the earlier one stays" in answer["error"]
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("is not served, the earlier model stays", times=2)
+        clients.wait_for(first)
+        lead_to(run)
+        clients.stop()
+        assert clients.faults == []
+
+        lost = int(re.findall(r"process (\d+) is started", server.log())[0])
+        os.kill(lost, signal.SIGKILL)
+        server.wait_for(f"process {lost} ended by SIGKILL; another is started")
+        server.wait_for("is started\n", times=3)
+        assert ask(server, INFER, client.json(ROWS))[0] == 200
+
+        clients = Load(server, client, expected)
+        clients.wait_for(first)
+        server.process.send_signal(signal.SIGTERM)
+        clients.join()
+        assert clients.faults == []
+        assert server.process.wait(10) == 0
+        assert "Traceback" not in server.log()
+
+
+def ask(server: Any, path: str, body: bytes = b"") -> tuple[int, Any]:
+    host, port = server.http.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection.request("POST", path, body)
+    answer = connection.getresponse()
+    content = json.loads(answer.read())
+    connection.close()
+    return answer.status, content
+
+
+def test_what_cannot_be_served_ends_with_a_message(
+    quick_dlrm: dict[str, str], run: Path, server: Any, tmp_path: Path
+) -> None:
+    def fails(*arguments: str) -> tuple[int, str]:
+        ended = subprocess.run(
+            ["dlrm", "serve", *arguments],
+            env=quick_dlrm,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ended.stdout == ""
+        return ended.returncode, ended.stderr
+
+    free = ("--port", "0", "--grpc-port", "0")
+    status, message = fails(str(tmp_path), *free)
+    assert (status, str(tmp_path) in message) == (2, True)
+    for option, address in (("--port", server.http), ("--grpc-port", server.grpc)):
+        status, message = fails(str(run), *free, option, address.split(":")[1])
+        assert (status, f"cannot listen on {address}" in message) == (3, True)
+    status, message = fails(str(run), *free, "--model-name", "a/b")
+    assert (status, "--model-name must be" in message) == (2, True)
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there, and not only waits for its parent to take notice of its end."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path) -> None:
+    with start_server(run, "--workers", "2") as server:
+        workers = [int(each) for each in re.findall(r"process (\d+) is started", server.log())]
+        supervisors = {Path(f"/proc/{each}/stat").read_text().split()[3] for each in workers}
+        (supervisor,) = supervisors
+        os.kill(int(supervisor), signal.SIGKILL)
+        end = time.monotonic() + 20
+        while any(map(runs, workers)):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        host, port = server.http.split(":")
+        with pytest.raises(ConnectionRefusedError):
+            http.client.HTTPConnection(host, int(port), timeout=5).connect()
+
+
+def test_connections_are_limited(start_server: Any, run: Path) -> None:
+    with start_server(run, "--max-connections", "2", "--grpc-port", "-1") as server:
+        host, port = server.http.split(":")
+        connections = [http.client.HTTPConnection(host, int(port), timeout=20) for _ in range(3)]
+        found = []
+        for connection in connections:
+            connection.request("GET", "/v2/health/live")
+            answer = connection.getresponse()
+            found.append((answer.status, json.loads(answer.read())))
+        assert found[:2] == [(200, {"live": True})] * 2
+        assert found[2] == (503, {"error": "the server has too many connections."})
+        connections[0].close()
+        for connection in connections[1:]:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("port", 1 << 16, "--port must be in 0 … 65535; got 65536"),
+        ("grpc_port", -2, "--grpc-port must be in -1 … 65535; got -2"),
+        ("grpc_port", 8000, "must differ"),
+        ("workers", 0, "--workers must be at least 1"),
+        ("threads", -1, "--threads must not be negative"),
+        ("batch_wait_ms", 2000.0, "--batch-wait-ms must be in 0 … 1000"),
+        ("read_timeout", 0.0, "--read-timeout must be a positive number"),
+        ("drain_seconds", -1.0, "--drain-seconds must be in 0 … 3600"),
+        ("access_log", 1.5, "--access-log must be in 0 … 1"),
+        ("max_body", "many", "--max-body"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(field: str, value: Any, message: str) -> None:
+    from dlrm.config import ServeConfig
+    from dlrm.errors import UserError
+
+    with pytest.raises(UserError, match=message):
+        ServeConfig(**{field: value})
