@@ -111,10 +111,17 @@ def test_a_rate_that_a_longer_run_does_not_confirm_is_lowered() -> None:
     held = queue.held(30, queue.rising(OFFLINE), OFFLINE)
     # 12 / (1 - r) = 30 where r is 0.6.
     assert held.point is not None
-    assert held.point.rate == pytest.approx(662.5 * 0.95**2)
+    assert held.point.rate == pytest.approx(662.5 * 0.9)
     hopeless = Queue(BenchServeConfig(), longer=10)
     assert hopeless.held(30, hopeless.rising(OFFLINE), OFFLINE).point is None
-    assert len([1 for _, seconds in hopeless.offered if seconds == 60]) == 5
+    assert len([1 for _, seconds in hopeless.offered if seconds == 60]) == 8
+
+
+def test_a_disturbance_at_a_low_rate_does_not_end_the_search() -> None:
+    queue = Queue(BenchServeConfig())
+    points = queue.rising(OFFLINE)
+    points[1] = replace(points[1], p99_ms=500.0)  # at 200 requests/s
+    assert queue.held(30, points, OFFLINE).point.rate == pytest.approx(662.5)
 
 
 def test_rates_stop_rising_where_nothing_can_hold() -> None:
