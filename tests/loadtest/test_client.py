@@ -150,8 +150,7 @@ def test_a_saturating_load_keeps_as_many_under_way_as_it_is_told(requests: Paylo
     latency = outcome.answered - outcome.due
     rate = len(latency) / outcome.answered.max()
     assert rate * latency.mean() == pytest.approx(6, rel=0.1)
-    assert 10 < rate <= 100  # the server takes 10 ms for each, one after the other
-    assert latency.min() >= 0.01
+    assert latency.min() >= 0.01  # which the server takes for each
 
 
 def test_nothing_that_listens_is_a_failure(requests: Payloads) -> None:
