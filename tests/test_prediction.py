@@ -184,6 +184,26 @@ def test_evaluate_refuses_another_dataset_by_fingerprint(
         evaluate(run, "test", dataset=tmp_path / "other")
 
 
+def test_a_run_that_is_not_finished_is_told(
+    run: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(run)
+    evaluate(run, "test")
+    assert "not finished" not in caplog.text
+    unfinished = tmp_path / "run"
+    shutil.copytree(run, unfinished)
+    (unfinished / "result.json").unlink()
+    for use in (lambda: load(unfinished), lambda: evaluate(unfinished, "test", dataset=dataset)):
+        caplog.clear()
+        use()
+        assert f"{unfinished} is not finished" in caplog.text
+        assert f"`dlrm train --resume {unfinished}` goes on" in caplog.text
+    caplog.clear()
+    (unfinished / "log.jsonl").unlink()  # a model that was imported
+    load(unfinished)
+    assert caplog.text == ""
+
+
 def test_evaluate_covers_the_training_split_too(run: Path) -> None:
     result = evaluate(run, "train")
     assert result.metrics.samples > 2500

@@ -428,6 +428,28 @@ def test_two_predictions_of_one_output_are_refused(
     assert len(read(tmp_path / "out.csv")[0]) == 3000
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_blocks_are_held_at_a_time(threads: int) -> None:
+    """However many there are: what bounds the memory of a prediction."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for item in range(50):
+            taken += 1
+            yield item
+
+    try:
+        for number, result in enumerate(files.in_threads(items(), lambda item: item * item)):
+            assert result == number * number
+            assert taken <= number + 1 + threads + 2
+    finally:
+        torch.set_num_threads(before)
+    assert taken == 50
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_nothing(
     predictor: Predictor,

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ interrupted = importlib.import_module("interrupted")
 from dlrm import cli, comparison, device, evaluation  # noqa: E402
 from dlrm.checkpoint import Position  # noqa: E402
 from dlrm.config import ModelConfig, TrainConfig  # noqa: E402
+from dlrm.data import criteo  # noqa: E402
 from dlrm.errors import EnvironmentFaultError, StoppedBySignalError, UserError  # noqa: E402
+from dlrm.predicting import files  # noqa: E402
 from dlrm.report import page  # noqa: E402
 from dlrm.training import begin, events, saving, trainer  # noqa: E402
 from dlrm.training.events import Console, Events  # noqa: E402
@@ -138,6 +141,12 @@ def set_up(request: dict[str, Any]) -> list[Events]:
     os.fsync = lambda _: None
     if not request.get("overlap"):  # so that it is certain what is saved when it is killed
         saving.Saver._copy = lambda *_: None  # type: ignore[method-assign]
+    if "read_bytes" in request:  # of predictions, with a journal after each block
+        blocks = criteo.read_blocks
+        criteo.read_blocks = lambda path, **options: blocks(  # type: ignore[assignment]
+            path, block_bytes=request["read_bytes"], **options
+        )
+        files.Work = partial(files.Work, seconds=0)  # type: ignore[misc,assignment]
     if request.get("no_links"):
         os.link = refuse_link
     if request.get("plain"):

@@ -103,9 +103,10 @@ def open_input(path: Path, schema: FeatureSchema, format: InputFormat = "auto") 
         EnvironmentFaultError: It cannot be read.
     """
     name = _STDIN if path == PIPE else path
-    with environment_faults(f"read {name}"), _opened(path) as file:
-        is_pipe = path == PIPE or not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        head = _read_head(file)
+    with _opened(path) as file:
+        with environment_faults(f"read {name}"):
+            is_pipe = path == PIPE or not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            head = _read_head(file)
         if format == "auto":
             format = recognise(head, path.name, schema)
         _refuse_impossible(name, schema, format, is_pipe=is_pipe)
@@ -151,7 +152,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield io.FileIO(0, closefd=False)
         return
     try:
-        file = open(path, "rb", buffering=0)
+        with environment_faults(f"read {path}"):
+            file = open(path, "rb", buffering=0)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist. Name a file of raw rows.") from None
     except IsADirectoryError:

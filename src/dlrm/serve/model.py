@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from dlrm.serve.rows import RawRows, Reader, Rows
 
 PLATFORM = "dlrm"
 OUTPUTS = ("probabilities", "unknown_ids")
+
+
+_MOST_ENCODERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,20 +65,25 @@ class ServedModel:
         self._encoder = predictor.encoder
         self._scorer = Scorer(predictor.model, predictor.config.loss, predictor.config.amp)
         self.schema = schema = predictor.schema
-        # Clients send the same features once again and again; one that does not does no harm.
-        self._encoder_of = lru_cache(maxsize=16)(self._select)
+        self._encoders: dict[tuple[int, ...], Encoder] = {}
         self._other_ids = np.array([feature.other_id for feature in schema.sparse], np.int32)
         self._one_id = np.array([not feature.multi_hot for feature in schema.sparse])
 
     @staticmethod
-    def load(path: Path, name: str, most_rows: int) -> ServedModel:
+    def load(path: Path, name: str, most_rows: int, *, verified: bool = False) -> ServedModel:
         """Load a BUNDLE or a RUN.
+
+        Args:
+            path: The folder.
+            name: What clients call it.
+            most_rows: Of a request.
+            verified: Its checksums were compared already.
 
         Raises:
             UserError: It is missing or damaged.
             EnvironmentFaultError: Memory ran out.
         """
-        predictor = load(path)
+        predictor = load(path, verified=verified)
         version = _version(path)
         card = read_card(path, predictor, name, version)
         return ServedModel(predictor, name, version, most_rows, card)
@@ -135,9 +142,16 @@ class ServedModel:
             ids[:, places] = self._encoder_of(tuple(places)).encode(values)[0]
         return ids
 
-    def _select(self, places: tuple[int, ...]) -> Encoder:
-        assert self._encoder is not None
-        return self._encoder.select([self.schema.sparse[place].name for place in places])
+    def _encoder_of(self, places: tuple[int, ...]) -> Encoder:
+        """Return an encoder of some features; clients send the same ones once again and again."""
+        found = self._encoders.get(places)
+        if found is None:
+            if len(self._encoders) >= _MOST_ENCODERS:
+                self._encoders.clear()
+            assert self._encoder is not None
+            found = self._encoder.select([self.schema.sparse[place].name for place in places])
+            self._encoders[places] = found
+        return found
 
     def _empty_bags(self, batch: Batch) -> npt.NDArray[np.int32]:
         """Return how many bags of features with one id a row hold none, by row."""

@@ -48,6 +48,9 @@ def serve(path: Path | str, config: ServeConfig) -> None:
         _Supervisor(Path(path), config, Path(folder)).run()
 
 
+_ENDING = "the server is ending."
+
+
 @dataclass(eq=False)
 class _Child:
     """A process of ours.
@@ -249,6 +252,8 @@ class _Supervisor:
             elif "reload" in message:
                 self._asked.append(child)
                 self._wanted = True
+                if self._ends_at is not None:
+                    self._answer(_ENDING)
             else:
                 child.loading = False
                 self._take_loading(child, message)
@@ -275,7 +280,8 @@ class _Supervisor:
             self._failures = 0
             logger.info("serving version %s of %s", message["loaded"], self._served)
             self._announce()
-            self._answer("")
+            if not self._wanted and self._checker is None:  # else this was an earlier model
+                self._answer("")
 
     def _announce(self) -> None:
         if self._announced:
@@ -341,6 +347,7 @@ class _Supervisor:
         grace = self._config.drain_seconds + self._config.shutdown_timeout + 5
         self._ends_at = time.monotonic() + (0 if again else grace)
         self._start_at.clear()
+        self._answer(_ENDING)
         if not again:
             logger.info("%s: what was accepted is finished", signal.Signals(number).name)
             self._place.listener.close()

@@ -137,13 +137,15 @@ class _Worker:
         else:
             self._service.serve(model)
             # What is there now stays: to look through it for garbage takes tens of milliseconds.
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
             outcome = {"loaded": model.version}
         self._say(outcome)
 
     def _load_and_warm_up(self, path: Path) -> ServedModel:
-        model = ServedModel.load(path, self._config.model_name, self._config.max_request_rows)
+        name, most_rows = self._config.model_name, self._config.max_request_rows
+        model = ServedModel.load(path, name, most_rows, verified=True)  # by the supervisor's check
         model.warm_up(self._config.max_batch_rows)
         return model
 
