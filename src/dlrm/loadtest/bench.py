@@ -48,9 +48,9 @@ _WARM_UP_SECONDS = 2.0
 _HOPELESS = 5
 """Rates do not rise further when p99 is so many times the highest limit."""
 _BISECTIONS = 3
-_STEP_DOWN = 0.95
+_STEP_DOWN = 0.9
 """To the next rate when a longer run does not confirm one."""
-_CONFIRMATIONS = 5
+_CONFIRMATIONS = 8
 _LATE_MS = 1.0
 _LATE_SHARE = 0.1
 """The client kept up when 99 of 100 requests were sent not later than so many milliseconds, or this
@@ -363,12 +363,10 @@ class _Measure:
             points: What was measured; what is measured now is added.
             offline: For the share.
         """
-        lowest, highest = 0.0, math.inf
-        for point in sorted(points, key=lambda point: point.rate):
-            if not point.holds(limit_ms):
-                highest = point.rate
-                break
-            lowest = point.rate
+        # The highest that held, whatever failed below it: a short run fails when something else
+        # needs the machine for a moment. A longer run decides.
+        lowest = max((point.rate for point in points if point.holds(limit_ms)), default=0.0)
+        highest = min((point.rate for point in points if point.rate > lowest), default=math.inf)
         for _ in range(_BISECTIONS if highest < math.inf else 0):
             points.append(self.at((lowest + highest) / 2, self._config.seconds))
             if points[-1].holds(limit_ms):
