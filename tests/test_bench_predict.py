@@ -71,5 +71,5 @@ def test_a_pipe_and_an_empty_input_are_refused(run: Path, tmp_path: Path) -> Non
     (tmp_path / "rows.txt").touch()
     with pytest.raises(UserError, match="is empty"):
         bench_predict(run, tmp_path / "rows.txt", BenchPredictConfig())
-    with pytest.raises(UserError, match="measures one stage: train or predict; got 'nothing'"):
+    with pytest.raises(UserError, match=r"measures one stage, .*predict.*got 'nothing'"):
         parse(["bench", "nothing"])

@@ -487,7 +487,7 @@ class Predict:
     """
 
     model: tyro.conf.Positional[Path]
-    """What `dlrm train` made; its DATASET is not needed."""
+    """A BUNDLE or a RUN; the DATASET is not needed."""
     input: tyro.conf.Positional[Path]
     """Raw rows."""
     output: tyro.conf.Positional[Path]
@@ -762,7 +762,7 @@ class BenchPredict:
     """
 
     model: tyro.conf.Positional[Path]
-    """What `dlrm train` made."""
+    """A BUNDLE or a RUN."""
     input: tyro.conf.Positional[Path]
     """Raw rows, as `dlrm predict` takes them."""
     options: Annotated[BenchPredictConfig, tyro.conf.arg(name="")] = dataclasses.field(
