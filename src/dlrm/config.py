@@ -776,8 +776,9 @@ class ServeConfig:
     tables."""
     threads: int = 0
     """Threads of a process that score, each a batch of its own; 0: one a core of its share."""
-    max_batch_rows: int = 1024
-    """Score at most so many rows together; requests that wait are taken together up to this."""
+    max_batch_rows: int = 256
+    """Score at most so many rows of several requests together; more make no row cheaper, and leave
+    other threads without work."""
     batch_wait_ms: float = 0.0
     """Let a request wait so many milliseconds for others, though a thread is free. Whatever comes
     while none is free is taken together anyway."""
