@@ -591,7 +591,7 @@ class Serve:
 
     Raw or prepared rows in, click probabilities out; /metrics for Prometheus. When requests are
     first answered, the addresses are printed. SIGHUP loads the model anew, and SIGTERM ends the
-    server when all that was accepted is answered. It takes three packages: pip install
+    server when all that was accepted is answered. It takes three packages more: pip install
     'dlrm[serve]'.
     """
 

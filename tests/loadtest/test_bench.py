@@ -181,7 +181,6 @@ def test_a_server_is_measured(
     assert held["share_of_offline"] == pytest.approx(share)
     assert result["request_rows"] == 1
     text = picture.read_text()
-    assert "1000 ms" in text or "p99" in text
     assert text.startswith("<?xml")
 
 

@@ -67,7 +67,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
         async def main() -> Any:
             noted = Noted()
-            batcher = Batcher(ServeConfig(threads=1, **options), noted)  # type: ignore[arg-type]
+            batcher = Batcher(ServeConfig(**{"threads": 1} | options), noted)  # type: ignore[arg-type]
             model = Model()
             async with asyncio.timeout(20):
                 outcome = await scenario(batcher, model)
@@ -81,7 +81,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return run
 
 
-def ask(batcher: Batcher, model: Any, count: int, value: float = 0.0, timeout: float | None = None):  # type: ignore[no-untyped-def]
+def ask(batcher: Batcher, model: Any, count: int, value: float = 0.0, timeout: float = 60):  # type: ignore[no-untyped-def]
     return asyncio.create_task(batcher.score(model, rows(count, value), timeout))
 
 
@@ -145,11 +145,11 @@ def test_a_full_queue_refuses_and_recovers(play: Callable[..., Any]) -> None:
         tasks += [ask(batcher, model, 6), ask(batcher, model, 4)]
         await asyncio.sleep(0)
         with pytest.raises(RefusedError, match="10 rows waiting, and takes 10") as caught:
-            await batcher.score(model, rows(1), None)  # type: ignore[arg-type]
+            await batcher.score(model, rows(1), 60)  # type: ignore[arg-type]
         assert (caught.value.status, caught.value.retry_after) == (503, 1)
         model.may_end.release(9)
         await asyncio.gather(*tasks)
-        large = await batcher.score(model, rows(50), None)  # type: ignore[arg-type]
+        large = await batcher.score(model, rows(50), 60)  # type: ignore[arg-type]
         assert len(large.probabilities) == 50
 
     play(scenario, max_queue_rows=10)
@@ -203,3 +203,15 @@ def test_a_failure_reaches_those_it_hit_alone(play: Callable[..., Any]) -> None:
         assert len((await ask(batcher, model, 3)).probabilities) == 3
 
     play(scenario)
+
+
+def test_a_thread_goes_on_when_another_takes_the_batch_that_both_wait_for(
+    play: Callable[..., Any],
+) -> None:
+    async def scenario(batcher: Batcher, model: Model) -> int:
+        model.may_end.release(1000)
+        for _ in range(30):
+            await asyncio.gather(*(ask(batcher, model, 1) for _ in range(4)))
+        return sum(thread.name.startswith("scoring-") for thread in threading.enumerate())
+
+    assert play(scenario, threads=4, batch_wait_ms=2) == 4

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -135,6 +136,12 @@ def test_no_request_is_lost_by_reloads_and_at_the_end(
         assert ask(server, "/v2/repository/models/dlrm/load") == (200, {})
         clients.wait_for(first)
 
+        # Who goes before a reload is over does not keep others from asking for one.
+        for _ in range(3):
+            with socket.create_connection(server.http.split(":")) as gone:
+                gone.sendall(b"POST /v2/repository/models/dlrm/load HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert ask(server, "/v2/repository/models/dlrm/load") == (200, {})
+
         lead_to(broken)
         status, answer = ask(server, "/v2/repository/models/dlrm/load")
         assert status == 400
@@ -256,3 +263,25 @@ def test_options_that_mean_nothing_are_refused(field: str, value: Any, message: 
 
     with pytest.raises(UserError, match=message):
         ServeConfig(**{field: value})
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.4])
+def test_a_server_that_is_stopped_before_it_is_ready_ends_well(
+    quick_dlrm: dict[str, str], run: Path, tmp_path: Path, seconds: float
+) -> None:
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            ["dlrm", "serve", str(run), "--port", "0", "--grpc-port", "0", "--drain-seconds", "0"],
+            env=quick_dlrm,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+        )
+    end = time.monotonic() + 20
+    while "is started" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0, log.read_text()
+    assert "Traceback" not in log.read_text()

@@ -156,6 +156,14 @@ def test_what_is_wrong_is_told(tensors: tuple[Tensor, ...], message: str) -> Non
     assert message in refused(*tensors)
 
 
+def test_a_text_too_many_is_not_taken_for_that_which_the_next_tensor_lacks() -> None:
+    digits = [b"0000000a", b"0000000b", b"0000000c"]
+    sparse = (packed("s0", digits[:1], 1), packed("s1", digits[:2], 1), packed("s2", [], 1))
+    assert "'s1' has the shape [1], so 1 texts are expected; got more" in refused(
+        *(numbers(name, "INT32", [1]) for name in ("d0", "d1")), *sparse
+    )
+
+
 def test_a_feature_may_have_the_name_of_a_matrix() -> None:
     schema = dataclasses.replace(
         SCHEMA, dense=(DenseFeature("dense"), DenseFeature("offsets")), sparse=SCHEMA.sparse[:1]

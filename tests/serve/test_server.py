@@ -254,7 +254,7 @@ def test_paths_that_do_not_answer_say_why(
 def test_hostile_bodies_are_refused(server: Any, client: Any) -> None:
     good = client.json(slice(0, 2))
     assert "truncated" in refusal(server, good[:-1])
-    assert "nested" in refusal(server, b'{"inputs":' + b"[" * 50_000) or True
+    assert "Expected `object`, got `array`" in refusal(server, b'{"inputs":' + b"[" * 50_000)
     assert "must be a number" in refusal(server, good, Inference_Header_Content_Length="-1")
     assert "the body has" in refusal(server, good, Inference_Header_Content_Length="99999999")
     assert "larger than 262144" in refusal(server, b"x" * (1 << 19), 413)
@@ -285,8 +285,11 @@ def test_paths_may_be_any_bytes(server: Any) -> None:
 def test_packed_messages_are_limited_unpacked(server: Any) -> None:
     with grpc.insecure_channel(server.grpc) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        with pytest.raises(grpc.RpcError) as failed:
-            call(bytes(64 << 20), timeout=10, compression=grpc.Compression.Gzip)
+        for _ in range(10):  # a connection on which nothing has come for a second is closed
+            with pytest.raises(grpc.RpcError) as failed:
+                call(bytes(64 << 20), timeout=10, compression=grpc.Compression.Gzip)
+            if failed.value.code() is not grpc.StatusCode.UNAVAILABLE:
+                break
     assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

@@ -106,45 +106,6 @@ class Vocabulary:
             ) from error
 
 
-class MappedVocabulary:
-    """A vocabulary that stays in its file, of which processes share one copy in memory.
-
-    Args:
-        path: What ``write_vocabulary`` wrote.
-
-    Attributes:
-        parts: Ranges of ascending values.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.parts = [part for part in Vocabulary.read_parts(path, mapped=True) if len(part)]
-        self._first = np.array([part.values[0] for part in self.parts], np.uint32)
-
-    def encode(self, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
-        """Return the id of each value, (m,), and -1 for those never seen."""
-        if len(self.parts) == 1:
-            return self.parts[0].encode(values)
-        ids = np.full(len(values), -1, np.int32)
-        own = np.searchsorted(self._first, values, side="right") - 1
-        for number, part in enumerate(self.parts):
-            here = own == number
-            ids[here] = part.encode(values[here])
-        return ids
-
-    @property
-    def ids_range(self) -> tuple[int, int]:
-        """The lowest and the highest id; (0, -1) where there is none."""
-        if not self.parts:
-            return 0, -1
-        return (
-            min(int(part.ids.min()) for part in self.parts),
-            max(int(part.ids.max()) for part in self.parts),
-        )
-
-
 def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:
     """Write a vocabulary as an Arrow file and return its SHA-256.
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dlrm.data.batch import Batch
 from dlrm.data.dataset import Dataset, Rows
 from dlrm.data.vocabulary import Vocabulary, values_of_ids
+from dlrm.errors import UserError
 from dlrm.loadtest.client import Payloads
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 from dlrm.serve.messages import MESSAGES
@@ -75,6 +76,11 @@ def stored_rows(data: Dataset, folder: Path, count: int, generator: np.random.Ge
     Raises:
         UserError: The DATASET or a vocabulary is damaged.
     """
+    if not data.rows("test"):
+        raise UserError(
+            f"{data.path} has no test rows to ask for. Leave --dataset away, and rows are made up "
+            "of the values in the model's vocabularies."
+        )
     rows = Rows.concatenate(list(data.spread_rows("test", min(count, data.rows("test")))))
     rows = rows[generator.permutation(np.arange(count) % len(rows))]
     values = np.empty((count, len(data.schema.sparse)), np.uint32)

@@ -168,7 +168,8 @@ def _when_ready(process: subprocess.Popen[bytes], log: Any) -> Server:
         message = f"dlrm serve did not start: {said}"
         raise UserError(message) if status == 2 else EnvironmentFaultError(message)
     places = json.loads(line)
-    ports = [urlsplit(f"//{places[each].rpartition('/')[2]}").port for each in ("http", "grpc")]
-    assert ports[0] is not None
-    assert ports[1] is not None
-    return Server(LOCALHOST, ports[0], ports[1], process.pid)
+    # Port 0: it has no gRPC.
+    http_port, grpc_port = (
+        int(places.get(each, ":0").rpartition(":")[2]) for each in ("http", "grpc")
+    )
+    return Server(LOCALHOST, http_port, grpc_port, process.pid)

@@ -1,4 +1,4 @@
-"""Requests wait here for the thread that scores them, several at a time.
+"""Requests wait here for the threads that score them, several at a time.
 
 While a batch is scored requests collect; the next batch is what is there then. The threads take
 their work themselves, so that they never wait for the event loop. A few rows that find the queue
@@ -38,7 +38,7 @@ class _Job:
 
 
 class Batcher:
-    """A queue and the thread that empties it.
+    """A queue and the threads that empty it.
 
     Args:
         config: Limits.
@@ -61,25 +61,23 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def score(self, model: ServedModel, rows: Rows, timeout: float | None) -> Scores:
+    async def score(self, model: ServedModel, rows: Rows, timeout: float) -> Scores:
         """Wait for the scores of a request's rows.
 
         Args:
             model: What scores them.
             rows: The rows.
-            timeout: Seconds after which the client no longer waits; None: no matter.
+            timeout: Seconds after which nobody waits any more.
 
         Raises:
             RefusedError: The queue is full (503), or the deadline passed while they waited (504).
         """
         count = rows.count if isinstance(rows, RawRows) else len(rows)
         now = time.monotonic()
-        waits = self._config.request_timeout
-        deadline = now + (waits if timeout is None else min(waits, timeout))
         if count <= AT_ONCE and not self._jobs and not self._config.batch_wait_ms:
             (scores,) = self._score(model, [rows], count)
             return scores
-        job = _Job(model, rows, count, now, deadline, self._loop.create_future())
+        job = _Job(model, rows, count, now, now + timeout, self._loop.create_future())
         with self._changed:
             if self._jobs and self._queued_rows + count > self._config.max_queue_rows:
                 raise RefusedError(
@@ -99,7 +97,7 @@ class Batcher:
             raise
 
     async def close(self) -> None:
-        """Score what was accepted, and end the thread."""
+        """Score what was accepted, and end the threads."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -138,16 +136,10 @@ class Batcher:
         """Wait for jobs, and take those that are scored together; none: closing."""
         config = self._config
         with self._changed:
-            while not self._jobs:
+            while not self._others_have_come():
                 if self._closing:
                     return []
                 self._changed.wait()
-            if config.batch_wait_ms > 0:
-                until = self._jobs[0].arrival + config.batch_wait_ms / 1000
-                while self._queued_rows < config.max_batch_rows and not self._closing:
-                    left = until - time.monotonic()
-                    if left <= 0 or not self._changed.wait(left) or not self._jobs:
-                        break
             jobs: list[_Job] = []
             rows = 0
             while self._jobs:
@@ -164,6 +156,15 @@ class Batcher:
             self._queued_rows -= rows
             self._metrics.queue_rows.set(self._queued_rows)
             return jobs
+
+    def _others_have_come(self) -> bool:
+        """Let the oldest job be joined by others; returns whether another thread left any."""
+        config = self._config
+        while self._jobs and self._queued_rows < config.max_batch_rows and not self._closing:
+            left = self._jobs[0].arrival + config.batch_wait_ms / 1000 - time.monotonic()
+            if left <= 0 or not self._changed.wait(left):
+                break
+        return bool(self._jobs)
 
 
 def _deliver(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlrm.bundles import Bundle, BundleInfo, is_bundle
+from dlrm.errors import UserError
 from dlrm.files import read_json
 from dlrm.prediction import Predictor
 from dlrm.version import __version__
@@ -103,16 +104,27 @@ def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card
             examples = [CardExample(each.features, each.label) for each in stored.rows]
     else:
         result = read_json(path / "result.json", dict, "run") if _has_ended(path) else {}
-    if result:
-        passes = f"{result['epochs']:g} {'pass' if result['epochs'] == 1 else 'passes'}"
-        facts.append(("Trained on", f"{result['train_samples']:,} rows, {passes}"))
-        facts.append(("Checkpoint", _CHECKPOINTS[result["checkpoint"]]))
-    metrics = result.get("metrics", {})
-    auc = metrics.get("test", {}).get("auc")
+    try:
+        if result:
+            passes = f"{result['epochs']:g} {'pass' if result['epochs'] == 1 else 'passes'}"
+            facts.append(("Trained on", f"{result['train_samples']:,} rows, {passes}"))
+            facts.append(("Checkpoint", _CHECKPOINTS[result["checkpoint"]]))
+        metrics = result.get("metrics", {})
+        auc = metrics.get("test", {}).get("auc")
+        headline = "" if auc is None else f"AUC {auc:.4f} on test rows"
+        lines = [
+            [split, *(_rounded(each[name]) for name in _METRICS), f"{each['samples']:,}"]
+            for split, each in metrics.items()
+        ]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged: the result of its training is not as `dlrm train` writes it "
+            f"({error!r}). Train the run or export the bundle again."
+        ) from error
     return Card(
         name=name,
         version=version,
-        headline="" if auc is None else f"AUC {auc:.4f} on test rows",
+        headline=headline,
         dlrm_version=__version__,
         takes_raw_rows=schema.encodes_values and not schema.multi_hot_features,
         features=[
@@ -121,13 +133,7 @@ def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card
         ],
         examples=examples,
         facts=facts,
-        metrics=CardTable(
-            ["Split", *_METRICS.values(), "Rows"],
-            [
-                [split, *(_rounded(each[name]) for name in _METRICS), f"{each['samples']:,}"]
-                for split, each in metrics.items()
-            ],
-        ),
+        metrics=CardTable(["Split", *_METRICS.values(), "Rows"], lines),
     )
 
 

@@ -70,8 +70,8 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=own,
         )
-        self.reloads = prometheus.Counter(
-            "dlrm_reloads_total", "Models loaded, by outcome.", ("outcome",), registry=own
+        self.loads = prometheus.Counter(
+            "dlrm_loads_total", "Models loaded, by outcome.", ("outcome",), registry=own
         )
         self._served: tuple[str, str] | None = None
 

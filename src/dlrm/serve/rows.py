@@ -275,8 +275,8 @@ def _count_column(tensor: Tensor) -> npt.NDArray[np.int32]:
 def _values(tensors: Sequence[Tensor]) -> npt.NDArray[np.uint32]:
     """Return the sparse values of tensors, one after the other; missing ones are 0."""
     if all(tensor.packed is not None for tensor in tensors):
-        whole = b"".join([tensor.packed for tensor in tensors if tensor.packed is not None])
-        found = _unpacked(whole, sum(tensor.elements for tensor in tensors))
+        packed = [tensor.packed for tensor in tensors if tensor.packed is not None]
+        found = _unpacked(packed, [tensor.elements for tensor in tensors])
         if found is not None:
             return found
     return np.concatenate([np.zeros(0, np.uint32), *map(_value_column, tensors)])
@@ -309,15 +309,16 @@ for _characters in (b"0123456789abcdef", b"0123456789ABCDEF"):
     _digit[np.frombuffer(_characters, np.uint8)] = np.arange(16)
 
 
-def _unpacked(data: bytes, count: int) -> npt.NDArray[np.uint32] | None:
+def _unpacked(packed: Sequence[memoryview], counts: Sequence[int]) -> npt.NDArray[np.uint32] | None:
     """Return the values of texts that are 8 hexadecimal digits or empty; None: others are there.
 
     Args:
-        data: Each text with its length before it, in 4 bytes.
-        count: How many there should be.
+        packed: Of several tensors, each text with its length before it, in 4 bytes.
+        counts: How many there should be in each.
     """
-    if len(data) % 4:
+    if any(len(data) % 4 for data in packed):
         return None
+    data, count = b"".join(packed), sum(counts)
     # In words of 4 bytes a length is 0 or 8, which four digits never are.
     words = np.frombuffer(data, "<u4")
     places = np.flatnonzero((words == 0) | (words == _DIGITS))
@@ -327,6 +328,9 @@ def _unpacked(data: bytes, count: int) -> npt.NDArray[np.uint32] | None:
     ends = np.append(places[1:], len(words))
     if count == 0 or places[0] != 0 or not np.array_equal(ends - places, 1 + 2 * full):
         return None if len(words) or count else np.zeros(0, np.uint32)
+    words_before = np.cumsum([len(data) // 4 for data in packed])
+    if not np.array_equal(np.searchsorted(places, words_before), np.cumsum(counts)):
+        return None  # what one tensor has too few of another has too many
     digits = np.empty((int(full.sum()), 2), np.uint32)
     digits[:, 0] = words[places[full] + 1]
     digits[:, 1] = words[places[full] + 2]

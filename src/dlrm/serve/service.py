@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dlrm.config import ServeConfig
+from dlrm.config import ServeConfig, size_bytes
 from dlrm.serve.batching import Batcher
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import OUTPUTS, ServedModel
@@ -50,6 +50,8 @@ class Service:
         self.draining = False
         self._batcher = batcher
         self._large = ThreadPoolExecutor(1, "reading")
+        self._large_bytes = 0
+        self._most_large_bytes = 4 * size_bytes(config.max_body, "--max-body")
         self._reload = reload
 
     @property
@@ -128,13 +130,11 @@ class Service:
         Raises:
             RefusedError: It is wrong (4xx), or there is no room or time for it (503, 504).
         """
-        if size > _LARGE_BYTES:
-            loop = asyncio.get_running_loop()
-            request, rows = await loop.run_in_executor(self._large, _read, model, read)
-        else:
-            request, rows = _read(model, read)
-        waits = [each for each in (timeout, request.timeout) if each is not None]
-        scores = await self._batcher.score(model, rows, min(waits, default=None))
+        began = time.monotonic()
+        request, rows = await self._read(model, read, size)
+        waits = [self.config.request_timeout, timeout, request.timeout]
+        left = min(each for each in waits if each is not None) - (time.monotonic() - began)
+        scores = await self._batcher.score(model, rows, left)
         self.metrics.rows.inc(len(scores.probabilities))
         if unknown := int(scores.unknown_ids.sum()):
             self.metrics.unknown_ids.inc(unknown)
@@ -143,6 +143,25 @@ class Service:
             "unknown_ids": ("INT32", scores.unknown_ids),
         }
         return InferAnswer(model.name, model.version, request, outputs)
+
+    async def _read(
+        self, model: ServedModel, read: Callable[[], InferRequest], size: int
+    ) -> tuple[InferRequest, Rows]:
+        if size <= _LARGE_BYTES:
+            return _read(model, read)
+        if self._large_bytes and self._large_bytes + size > self._most_large_bytes:
+            raise RefusedError(
+                503,
+                f"the server has large requests of {self._large_bytes} bytes to read first. Try "
+                "again later, or send fewer rows.",
+                retry_after=1,
+            )
+        self._large_bytes += size
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._large, _read, model, read)
+        finally:
+            self._large_bytes -= size
 
 
 def _read(model: ServedModel, read: Callable[[], InferRequest]) -> tuple[InferRequest, Rows]:

@@ -37,7 +37,8 @@ def serve(path: Path | str, config: ServeConfig) -> None:
     output tells the addresses.
 
     Args:
-        path: A RUN, or a symbolic link to one, which can lead to another at the next loading.
+        path: A BUNDLE or RUN, or a symbolic link to one, which can lead to another at the next
+            loading.
         config: Where and how.
 
     Raises:
@@ -86,6 +87,10 @@ class _Supervisor:
         """The model should be loaded anew."""
         self._served = ""
         """What workers load."""
+        self._version = ""
+        """Of that, when it was checked."""
+        self._outcome = ""
+        """Why the last loading failed; empty: it did not."""
         self._announced = False
         self._ends_at: float | None = None
         self._start_at: list[float] = []
@@ -148,6 +153,8 @@ class _Supervisor:
             elif number != signal.SIGCHLD:
                 self._end(number)
         self._bury()
+        if not (self._wanted or self._checker or self._is_loading()):
+            self._answer(self._outcome)
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
@@ -192,7 +199,7 @@ class _Supervisor:
             self._selector.close()
             for each in (ours, self._wakes, self._woken):
                 each.close()
-            for child in self._workers.values():
+            for child in [*self._workers.values(), *([self._checker] if self._checker else [])]:
                 child.control.close()
             status = work(theirs)
         except BaseException as error:
@@ -203,19 +210,23 @@ class _Supervisor:
             os._exit(status)
 
     def _start_worker(self) -> None:
-        worker = self._fork(lambda control: run_worker(self._config, self._place, control))
+        replaces = bool(self._served)
+        worker = self._fork(
+            lambda control: run_worker(self._config, self._place, control, replaces=replaces)
+        )
         self._workers[worker.pid] = worker
         logger.info("process %d is started", worker.pid)
-        if self._served:
-            self._tell_to_load(worker)
+        if replaces:  # it may be long since that was checked
+            self._tell_to_load(worker, verified=False)
 
-    def _tell_to_load(self, worker: _Child) -> None:
+    def _tell_to_load(self, worker: _Child, *, verified: bool) -> None:
         worker.loading = True
-        _say(worker, {"load": self._served})
+        _say(worker, {"load": self._served, "version": self._version, "verified": verified})
 
     def _check(self) -> None:
         """Load the model in a process that is thrown away."""
         self._wanted = False
+        self._outcome = ""
         self._candidate = os.path.realpath(self._path)
         path, config = Path(self._candidate), self._config
 
@@ -259,29 +270,31 @@ class _Supervisor:
                 self._take_loading(child, message)
 
     def _take_check(self, message: dict[str, str]) -> None:
+        if self._ends_at is not None:
+            return
         if error := message["error"]:
             if not self._served:
                 kind = UserError if message["kind"] == "user" else EnvironmentFaultError
                 raise kind(error)
             logger.warning("%s is not served, the earlier model stays: %s", self._candidate, error)
-            self._answer(error)
+            self._outcome = error
             return
-        self._served = self._candidate
+        self._served, self._version = self._candidate, message["version"]
         for worker in self._workers.values():
-            self._tell_to_load(worker)
+            self._tell_to_load(worker, verified=True)
 
     def _take_loading(self, worker: _Child, message: dict[str, str]) -> None:
+        if self._ends_at is not None:
+            return
         if error := message.get("failed"):
             if not self._announced:
                 raise EnvironmentFaultError(f"a process cannot load {self._served}: {error}")
             logger.warning("process %d cannot load %s: %s", worker.pid, self._served, error)
-            self._answer(error)
+            self._outcome = error
         elif not self._is_loading():
             self._failures = 0
             logger.info("serving version %s of %s", message["loaded"], self._served)
             self._announce()
-            if not self._wanted and self._checker is None:  # else this was an earlier model
-                self._answer("")
 
     def _announce(self) -> None:
         if self._announced:
@@ -306,12 +319,12 @@ class _Supervisor:
         if self._checker is not None and (status := _ended(self._checker)) is not None:
             checker, self._checker = self._checker, None
             self._hear_rest(checker)
-            if status != 0:
+            if status != 0 and self._ends_at is None:
                 message = f"the process that checked {self._candidate} ended {_how(status)}"
                 if not self._served:
                     raise EnvironmentFaultError(f"{message}. Is there memory enough?")
                 logger.warning("%s; the earlier model stays", message)
-                self._answer(message)
+                self._outcome = message
         for worker in list(self._workers.values()):
             status = _ended(worker)
             if status is None:
@@ -357,7 +370,7 @@ class _Supervisor:
             os.kill(pid, signal.SIGTERM)
 
 
-def _say(child: _Child, message: dict[str, str]) -> None:
+def _say(child: _Child, message: dict[str, Any]) -> None:
     try:
         child.control.sendall(json.dumps(message).encode() + b"\n")
     except OSError:

@@ -44,13 +44,14 @@ class Place:
     metrics: Path
 
 
-def run_worker(config: ServeConfig, place: Place, control: socket.socket) -> int:
+def run_worker(config: ServeConfig, place: Place, control: socket.socket, *, replaces: bool) -> int:
     """Answer requests; returns the exit status of the process.
 
     Args:
         config: Limits.
         place: Where.
         control: To the supervisor: it tells what to load, and is told how that went.
+        replaces: Others answer meanwhile, so this one takes no connections before it has a model.
     """
     # A batch is scored by one thread: a team of them waits for its slowest, whose core may be busy
     # with requests or somebody else's work. On two busy cores that is 20 ms instead of 2.
@@ -58,7 +59,7 @@ def run_worker(config: ServeConfig, place: Place, control: socket.socket) -> int
     _allow_files(2 * config.max_connections + 256)
     # The event loop waits at most so long for a thread that reads a large request.
     sys.setswitchinterval(0.001)
-    return asyncio.run(_Worker(config, place, control).run())
+    return asyncio.run(_Worker(config, place, control).run(replaces=replaces))
 
 
 def _allow_files(count: int) -> None:
@@ -77,15 +78,17 @@ class _Worker:
         self._told: list[asyncio.Future[str]] = []
         self._ends = asyncio.Event()
 
-    async def run(self) -> int:
+    async def run(self, *, replaces: bool) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ends.set)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # meant for the supervisor
         reader, self._writer = await asyncio.open_connection(sock=self._control)
-        metrics = Metrics(self._place.metrics)
+        self._metrics = metrics = Metrics(self._place.metrics)
         batcher = Batcher(self._config, metrics)
         self._service = Service(self._config, metrics, batcher, self._ask_for_reload)
+        if replaces and not await self._load(json.loads(await reader.readline() or b"{}")):
+            return 1
         access = AccessLog(self._config.access_log)
         http = Http(self._service, access)
         listening = await loop.create_server(http.server, sock=self._place.listener)
@@ -118,17 +121,27 @@ class _Worker:
         while line := await reader.readline():
             message = json.loads(line)
             if "load" in message:
-                await self._load(Path(message["load"]))
+                await self._load(message)
             else:
                 for each in self._told:
-                    each.set_result(message["reloaded"])
+                    if not each.done():  # its client may have gone
+                        each.set_result(message["reloaded"])
                 self._told.clear()
         self._ends.set()  # without a supervisor nobody could end this process
 
-    async def _load(self, path: Path) -> None:
+    async def _load(self, message: dict[str, Any]) -> bool:
+        """Load what a message names, serve it, and say how that went; returns whether it did."""
+        if not message:  # the supervisor has ended
+            return False
         outcome: dict[str, Any]
+        path = Path(message["load"])
         try:
-            model = await asyncio.to_thread(self._load_and_warm_up, path)
+            model = await asyncio.to_thread(self._load_and_warm_up, path, message["verified"])
+            if model.version != message["version"]:
+                raise UserError(
+                    f"{path} has changed since it was checked: it is version {model.version}, "
+                    f"expected {message['version']}. Load it anew."
+                )
         except (UserError, EnvironmentFaultError) as error:
             outcome = {"failed": str(error)}
         except Exception as error:
@@ -141,11 +154,14 @@ class _Worker:
             gc.collect()
             gc.freeze()
             outcome = {"loaded": model.version}
+        (how,) = outcome
+        self._metrics.loads.labels(how).inc()
         self._say(outcome)
+        return how == "loaded"
 
-    def _load_and_warm_up(self, path: Path) -> ServedModel:
+    def _load_and_warm_up(self, path: Path, verified: bool) -> ServedModel:
         name, most_rows = self._config.model_name, self._config.max_request_rows
-        model = ServedModel.load(path, name, most_rows, verified=True)  # by the supervisor's check
+        model = ServedModel.load(path, name, most_rows, verified=verified)
         model.warm_up(self._config.max_batch_rows)
         return model
 
