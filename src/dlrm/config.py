@@ -1069,6 +1069,8 @@ def read_any_run_config(run: Path) -> tuple[TrainConfig | BaselineConfig, Path |
 
 def _run_config_file(run: Path) -> Path:
     path = run / "config.toml"
+    if not run.exists():
+        raise UserError(f"{run} does not exist. Check the path.")
     if not path.exists():
         raise UserError(
             f"{run} is not a run: config.toml is missing. Name a folder that dlrm train made."

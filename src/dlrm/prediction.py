@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dlrm.bundles import BITS, Bundle, is_bundle
+from dlrm.bundles import BITS, BUNDLE, WEIGHTS, Bundle, is_bundle
 from dlrm.checkpoint import checksum_of
 from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig
 from dlrm.data.batch import Batch, check_batch, make_batch
@@ -172,6 +172,8 @@ def load(
             )
         opened = open_device(device, local_rank)
         return load_bundle(bundle, device=opened, amp=amp or "O0", quantization=quantization)
+    if (Path(path) / WEIGHTS).exists():
+        raise UserError(f"{path} is a BUNDLE without its {BUNDLE}. Copy or export it again.")
     run = Run.open(Path(path))
     if not run.checkpoint(checkpoint).exists():  # before the vocabularies are read
         raise UserError(

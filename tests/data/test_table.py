@@ -1,3 +1,5 @@
+from datetime import datetime
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -40,11 +42,24 @@ def test_an_empty_table_gives_no_rows() -> None:
         ({"age": [1, 2**31]}, r"row 1 of column age: expected at most 2147483647"),
         ({"age": [0.5, 1.0]}, r"column age must hold integers, got double"),
         ({"age": ["x", "y"]}, r"column age must hold integers, got string"),
+        ({"age": ["1", "2"]}, r"column age must hold integers, got string"),
+        ({"age": [True, False]}, r"column age must hold integers, got bool"),
+        ({"age": [datetime(2026, 1, 1)] * 2}, r"column age must hold integers, got timestamp"),
     ],
 )
 def test_bad_values_are_refused_by_row_and_column(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         rows_from_table(pa.table(COLUMNS | change), SCHEMA)
+
+
+def test_a_number_beyond_any_type_is_refused() -> None:
+    with pytest.raises(UserError, match=r"rows must come as a pyarrow Table or as columns"):
+        rows_from_table(COLUMNS | {"age": [1 << 70, 1]}, SCHEMA)
+
+
+def test_a_column_of_floats_may_have_nan_where_a_number_is_missing() -> None:
+    columns = COLUMNS | {"age": pa.array([float("nan"), 7.0])}
+    assert rows_from_table(columns, SCHEMA)[0].tolist() == [[0], [7]]
 
 
 def test_missing_columns_are_named() -> None:

@@ -285,3 +285,31 @@ def test_a_server_that_is_stopped_before_it_is_ready_ends_well(
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0, log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+def test_what_is_on_its_way_at_the_end_is_answered_and_nobody_else_waits(
+    start_server: Any, run: Path, client: Any
+) -> None:
+    body = client.json(ROWS)
+    head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with start_server(run, "--drain-seconds", "0.5", "--grpc-port", "-1") as server:
+        silent, begun, asking = (
+            socket.create_connection(server.http.split(":"), timeout=10) for _ in range(3)
+        )
+        begun.sendall(head[:20])
+        asking.sendall(head + body[:-20])
+        kept = http.client.HTTPConnection(*server.http.split(":"), timeout=10)  # type: ignore[arg-type]
+        kept.request("POST", INFER, body)
+        assert kept.getresponse().read()
+        server.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        time.sleep(1.5)
+        assert server.process.poll() is None
+        asking.sendall(body[-20:])
+        assert asking.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        for other in (silent, begun, kept.sock):
+            assert other.recv(1) == b""
+            other.close()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - began < 8
+        asking.close()

@@ -156,6 +156,13 @@ def test_what_is_wrong_is_told(tensors: tuple[Tensor, ...], message: str) -> Non
     assert message in refused(*tensors)
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (1, 6), (6, 1)])
+def test_a_matrix_of_ids_has_a_row_a_row(shape: tuple[int, int]) -> None:
+    dense = numbers("dense_features", "FP32", [0] * 4, 2, 2)
+    ids = numbers("sparse_features", "INT64", [-1, 1, 2, 3, 4, 5], *shape)
+    assert "'sparse_features' must have the shape [2, 3]" in refused(dense, ids)
+
+
 def test_a_text_too_many_is_not_taken_for_that_which_the_next_tensor_lacks() -> None:
     digits = [b"0000000a", b"0000000b", b"0000000c"]
     sparse = (packed("s0", digits[:1], 1), packed("s1", digits[:2], 1), packed("s2", [], 1))
@@ -209,7 +216,7 @@ IDS = numbers("sparse_features", "INT64", [[1, 2, 3], [4, 0, 9]])
         ((numbers("dense_features", "FP32", [[np.nan, 1]] * 2), IDS), "NaN"),
         ((numbers("dense_features", "FP32", [[1]] * 2), IDS), "dense_features must be"),
         ((PREPARED, numbers("sparse_features", "INT64", [[1, 2, 10]] * 2)), "an id of s2 is 10"),
-        ((PREPARED, FLAT), "sparse_features must be"),
+        ((PREPARED, FLAT), "must have the shape [2, 3]"),
         ((PREPARED, FLAT, numbers("offsets", "INT64", [0] * 7)), "offsets must rise"),
         ((PREPARED, FLAT, numbers("offsets", "INT64", [0, 2])), "offsets must be"),
         ((numbers("dense_features", "FP32", [[1, 2]] * 9), IDS), "has 9 rows, at most 8"),

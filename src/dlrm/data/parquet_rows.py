@@ -65,6 +65,9 @@ def read_parquet_blocks(
                 f"{path} lacks the columns {', '.join(missing)}; expected {', '.join(known)}, got "
                 f"{', '.join(present) or 'none'}. Add them (null where a value is missing)."
             )
+        twice = [name for name in [*known, schema.label] if present.count(name) > 1]
+        if twice:
+            raise UserError(f"{path} has the column {twice[0]} twice. Leave one of them away.")
         labelled = schema.label in present
         columns = [*known, schema.label] if labelled else known
         first, row = start.row if start else 0, 0
@@ -114,7 +117,12 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
                 yield file
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
+        except (
+            pa.ArrowInvalid,
+            pa.ArrowNotImplementedError,
+            pa.ArrowKeyError,
+            UnicodeDecodeError,
+        ) as error:
             raise UserError(
                 f"{path} cannot be read as Parquet: {error}. Get the file again."
             ) from error

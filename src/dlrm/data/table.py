@@ -42,7 +42,7 @@ def rows_from_table(
     if not isinstance(table, pa.Table):
         try:
             table = pa.table(dict(table))
-        except (TypeError, ValueError, pa.ArrowException) as error:
+        except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
             raise UserError(
                 f"rows must come as a pyarrow Table or as columns of equal length by name: {error}."
             ) from error
@@ -75,11 +75,16 @@ def rows_from_table(
 
 
 def _integers(chunks: pa.ChunkedArray, name: str) -> npt.NDArray[np.int64]:
+    kind = chunks.type
     try:
+        if pa.types.is_floating(kind):  # pandas writes integers with gaps so, and gaps maybe as NaN
+            chunks = pc.if_else(pc.is_nan(chunks), pa.scalar(None, kind), chunks)
+        elif not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise pa.ArrowInvalid("these are no numbers")
         integers = chunks.cast(pa.int64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(
-            f"column {name} must hold integers, got {chunks.type}: {error}. Convert it."
+            f"column {name} must hold integers, got {kind}: {error}. Convert it."
         ) from error
     filled: npt.NDArray[np.int64] = pc.fill_null(integers, _MISSING).to_numpy()
     return filled

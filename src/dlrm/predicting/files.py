@@ -104,8 +104,8 @@ def predict_file(
         UserError: A row is malformed, the output is there already, or its folder is not.
         EnvironmentFaultError: The disk is full or read-only.
     """
-    if first_id is not None and first_id < 0:
-        raise UserError(f"--first-id must not be negative; got {first_id}.")
+    if first_id is not None and not 0 <= first_id < 1 << 62:
+        raise UserError(f"--first-id must be in 0 … 2**62-1; got {first_id}.")
     output_format = find_format(output, output_format)
     with open_input(source, predictor.schema, input_format) as opened:
         if output == PIPE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,9 @@ _BINARY = "application/octet-stream"
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _PACK_BYTES = 1024
 """Answers of more bytes are compressed for clients that ask for it."""
+
+_ARRIVAL_SECONDS = 0.2
+"""In which a request arrives whose connection was accepted last."""
 
 Handler = Callable[["Http", web.BaseRequest, dict[str, str]], Awaitable[web.Response]]
 
@@ -43,6 +47,14 @@ class Http:
 
     async def __call__(self, request: web.BaseRequest) -> web.Response:
         """Answer a request; whatever happens, as the protocol says."""
+        busy = self.server.busy
+        busy.add(request.protocol)
+        try:
+            return await self._answered(request)
+        finally:
+            busy.discard(request.protocol)
+
+    async def _answered(self, request: web.BaseRequest) -> web.Response:
         took = Stopwatch()
         method = "other"
         try:
@@ -265,6 +277,8 @@ class _Server(web.Server):
         super().__init__(
             http, request_factory=_request_factory(max_body), handler_cancellation=True
         )
+        self.busy: set[web.RequestHandler] = set()
+        """Connections that a request comes from."""
         self._metrics = service.metrics
         self._max_connections = service.config.max_connections
         self._idle_timeout = service.config.idle_timeout
@@ -279,6 +293,25 @@ class _Server(web.Server):
             lingering_time=1.0,
             max_headers=64,
         )
+
+    async def end(self, timeout: float) -> None:
+        """Answer what has been asked, then close every connection.
+
+        ``shutdown`` reads nothing more of requests of which a part is still on its way.
+
+        Args:
+            timeout: Seconds that requests may take.
+        """
+        until = time.monotonic() + timeout
+        await asyncio.sleep(_ARRIVAL_SECONDS)
+        while True:
+            for connection in self.connections:
+                if connection not in self.busy:
+                    connection.close()
+            if not self.busy or time.monotonic() > until:
+                break
+            await asyncio.sleep(0.02)
+        await self.shutdown(max(0.5, until - time.monotonic()))
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)

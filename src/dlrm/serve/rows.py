@@ -198,6 +198,12 @@ class Reader:
         if offsets_name in inputs:
             batch = Batch(features, ids, None, _tensor(inputs[offsets_name]))
         else:
+            expected = (len(features), len(self._schema.sparse))
+            if ids.shape != expected:
+                raise wrong(
+                    f"input {sparse_name!r} must have the shape {list(expected)} without "
+                    f"{offsets_name!r}; got {list(sparse.shape)}."
+                )
             batch = _bags_of_matrix(features, ids)
         try:
             check_batch(batch, self._schema)
@@ -214,7 +220,7 @@ def _tensor(tensor: Tensor) -> torch.Tensor:
 
 def _bags_of_matrix(features: torch.Tensor, ids: torch.Tensor) -> Batch:
     """Return a batch of one id a feature, (B, F), where -1 is an id that is not known."""
-    if ids.dim() != 2 or not bool((ids < 0).any()):
+    if not bool((ids < 0).any()):
         return Batch(features, ids, None)
     known = ids.reshape(-1) >= 0
     offsets = torch.zeros(ids.numel() + 1, dtype=torch.int64)

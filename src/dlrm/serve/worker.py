@@ -108,7 +108,7 @@ class _Worker:
         await asyncio.sleep(self._config.drain_seconds)
         listening.close()
         grace = self._config.shutdown_timeout
-        stopping = [http.server.shutdown(grace)]
+        stopping = [http.server.end(grace)]
         if rpc is not None:
             stopping.append(rpc.server.stop(grace))
         await asyncio.gather(*stopping)
