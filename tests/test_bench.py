@@ -112,9 +112,10 @@ def test_batches_are_never_repeated() -> None:
 
 
 def test_other_stages_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"measures one stage, train; got 'predict'"):
-        parse(["bench", "predict"])
-    with pytest.raises(UserError, match="measures one stage, train; got ''"):
+    stages = "train or predict or serve"
+    with pytest.raises(UserError, match=f"measures one stage, {stages}; got 'prepare'"):
+        parse(["bench", "prepare"])
+    with pytest.raises(UserError, match=f"measures one stage, {stages}; got ''"):
         parse(["bench"])
     with pytest.raises(UserError, match="--pairs must be at least 1; got 0"):
         BenchTrainConfig(pairs=0)

@@ -282,7 +282,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
         prepare(source, path, config)
     assert str(caught.value) == (
         f"{path} needs about {kilobytes} kB of disk while it is made, and {kilobytes - 0.1:.1f} kB "
-        f"are free in {path.parent}. Free some space, or choose another place."
+        f"are free there. Free some space, or choose another place."
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
     monkeypatch.undo()

@@ -219,6 +219,8 @@ def test_a_checkpoint_of_another_type_is_refused_by_name(dataset: Path, tmp_path
         continue_from=str(tmp_path / "run/checkpoints/newest.safetensors"),
     )
     with pytest.raises(
-        UserError, match=r"embedding_bags\.t_\w+\.weight as BF16, expected F32.*--embedding-dtype"
+        UserError,
+        match=r"embedding_bags\.t_\w+\.weight is expected to be stored as F32, got BF16.*"
+        "--embedding-dtype",
     ):
         train(dataset, tmp_path / "other", config)
