@@ -354,9 +354,11 @@ def test_a_changed_option_is_refused_by_name_unless_it_changes_no_result(
 
 
 def test_no_run_and_a_run_of_an_older_version_are_refused(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a run: config\.toml is missing"):
+    with pytest.raises(UserError, match=r"nothing does not exist\. Check the path\."):
         dlrm.resume(tmp_path / "nothing")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"is not a run: config\.toml is missing"):
+        dlrm.resume(tmp_path)
     dlrm.train(dataset, tmp_path / "run", replace(CONFIG, max_steps=3))
     (tmp_path / "run/result.json").unlink()
     for path in (tmp_path / "run/checkpoints").glob("step-*.json"):
