@@ -112,6 +112,11 @@ class FeatureSchema:
         return all(feature.vocabulary or feature.hash_buckets for feature in self.sparse)
 
     @property
+    def takes_raw_rows(self) -> bool:
+        """Whether rows of one raw value a feature can be encoded."""
+        return self.encodes_values and not self.multi_hot_features
+
+    @property
     def stores_floats(self) -> bool:
         """Whether dense features are stored as float32, and not transformed."""
         return any(feature.transform == "none" for feature in self.dense)

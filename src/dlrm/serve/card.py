@@ -126,7 +126,7 @@ def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card
         version=version,
         headline=headline,
         dlrm_version=__version__,
-        takes_raw_rows=schema.encodes_values and not schema.multi_hot_features,
+        takes_raw_rows=schema.takes_raw_rows,
         features=[
             *(CardFeature(each.name, "dense") for each in schema.dense),
             *(CardFeature(each.name, "sparse") for each in schema.sparse),

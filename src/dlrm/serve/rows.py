@@ -65,7 +65,7 @@ class Reader:
         self._most_rows = most_rows
         self._dense = {feature.name: index for index, feature in enumerate(schema.dense)}
         self._sparse = {feature.name: index for index, feature in enumerate(schema.sparse)}
-        self._takes_raw = schema.encodes_values and not schema.multi_hot_features
+        self._takes_raw = schema.takes_raw_rows
         names = self._dense.keys() | self._sparse.keys()
         self._reserved = {DENSE, SPARSE, *PREPARED} - names
 
