@@ -63,52 +63,63 @@ constexpr int64_t kTerms = 64;
 // Inputs of a panel that go through some outputs before the next, to stay in the first cache.
 constexpr int64_t kInputsAtOnce = 4 * kTerms;
 
-// One fully connected layer. Sums wait in y while other inputs, or other panels, are taken.
+// Outputs [begin, end) of one panel, over its inputs [top, bottom). Sums of those before wait in y.
 template <bool kTransposed, int kVectors>
-void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels) {
+void linear_panel(const Linear& layer, int64_t begin, int64_t end, int64_t p, int64_t top,
+                  int64_t bottom) {
+  for_blocks(begin, end, [&]<int kRows>(int64_t row) {
+    Tile<kRows, kVectors> tile;
+    float* y = layer.y + (p * layer.out + row) * kPanel;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        tile.sums[r][v] = top ? load(y + r * kPanel + v * kWidth)
+                        : layer.bias ? broadcast(layer.bias[row + r]) : Vector{};
+      }
+    }
+    for (int64_t k = top; k < bottom; k += kTerms) {
+      Tile<kRows, kVectors> terms{};
+      multiply<kTransposed>(
+          terms,
+          kTransposed ? layer.matrix + k * layer.out + row : layer.matrix + row * layer.in + k,
+          kTransposed ? layer.out : layer.in, layer.x + (p * layer.in + k) * kPanel,
+          smaller(kTerms, bottom - k));
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += terms.sums[r][v];
+      }
+    }
+    const bool done = bottom == layer.in;
+    const float* mask = layer.mask ? layer.mask + (p * layer.out + row) * kPanel : nullptr;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = r * kPanel + v * kWidth;
+        Vector sum = tile.sums[r][v];
+        if (done && layer.relu) sum = where_positive(sum, sum);
+        if (done && mask) sum = where_positive(load(mask + at), sum);
+        store(y + at, sum);
+      }
+    }
+  });
+}
+
+// One fully connected layer. Of the last panel one vector is enough for so few rows.
+template <bool kTransposed>
+void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels,
+                    int64_t rows) {
+  const int64_t whole = rows <= (panels - 1) * kPanel + kWidth ? panels - 1 : panels;
   for (int64_t top = 0; top == 0 || top < layer.in; top += kInputsAtOnce) {
     const int64_t bottom = smaller(top + kInputsAtOnce, layer.in);
     for (int64_t group = begin; group < end; group += kOutputsAtOnce) {
-      for (int64_t p = 0; p < panels; ++p) {
-        for_blocks(group, smaller(group + kOutputsAtOnce, end), [&]<int kRows>(int64_t row) {
-          Tile<kRows, kVectors> tile;
-          float* y = layer.y + (p * layer.out + row) * kPanel;
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-              tile.sums[r][v] = top ? load(y + r * kPanel + v * kWidth)
-                              : layer.bias ? broadcast(layer.bias[row + r]) : Vector{};
-            }
-          }
-          for (int64_t k = top; k < bottom; k += kTerms) {
-            Tile<kRows, kVectors> terms{};
-            multiply<kTransposed>(
-                terms,
-                kTransposed ? layer.matrix + k * layer.out + row : layer.matrix + row * layer.in + k,
-                kTransposed ? layer.out : layer.in, layer.x + (p * layer.in + k) * kPanel,
-                smaller(kTerms, bottom - k));
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-              for (int v = 0; v < kVectors; ++v) tile.sums[r][v] += terms.sums[r][v];
-            }
-          }
-          const bool done = bottom == layer.in;
-          const float* mask = layer.mask ? layer.mask + (p * layer.out + row) * kPanel : nullptr;
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-              const int64_t at = r * kPanel + v * kWidth;
-              Vector sum = tile.sums[r][v];
-              if (done && layer.relu) sum = where_positive(sum, sum);
-              if (done && mask) sum = where_positive(load(mask + at), sum);
-              store(y + at, sum);
-            }
-          }
-        });
+      const int64_t last = smaller(group + kOutputsAtOnce, end);
+      for (int64_t p = 0; p < whole; ++p) {
+        linear_panel<kTransposed, 2>(layer, group, last, p, top, bottom);
       }
+      if (whole < panels) linear_panel<kTransposed, 1>(layer, group, last, whole, top, bottom);
     }
   }
 }
@@ -158,14 +169,13 @@ void linear_row(const Linear& layer, int64_t begin, int64_t end) {
     }
   }
 #endif
-  linear_outputs<false, 1>(layer, row, end, 1);
+  linear_outputs<false>(layer, row, end, 1, 1);
 }
 
 void linear(const Linear& layer, int64_t begin, int64_t end, int64_t panels, int64_t rows) {
-  if (layer.transposed) return linear_outputs<true, 2>(layer, begin, end, panels);
+  if (layer.transposed) return linear_outputs<true>(layer, begin, end, panels, rows);
   if (rows == 1) return linear_row(layer, begin, end);
-  if (rows <= kWidth) return linear_outputs<false, 1>(layer, begin, end, panels);
-  linear_outputs<false, 2>(layer, begin, end, panels);
+  linear_outputs<false>(layer, begin, end, panels, rows);
 }
 
 void to_columns(const float* x, float* columns, int64_t features, int64_t panels, int64_t begin,

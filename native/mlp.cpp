@@ -100,7 +100,8 @@ void mlp_forward(const at::Tensor& x, int64_t rows, at::TensorList weights,
   for_panels(panels, [&](int64_t begin, int64_t end) {
     for (size_t l = 0; l < layers.size(); ++l) {
       const float* from = l == 0 ? input : output[l - 1];
-      kernel.linear(linear(l, begin), 0, layers[l].out, end - begin, wanted);
+      kernel.linear(linear(l, begin), 0, layers[l].out, end - begin,
+                    std::min(end * width, wanted) - begin * width);
       if (!column.empty()) {
         kernel.to_columns(from, column[l], layers[l].in, panels, begin, end);
       }
