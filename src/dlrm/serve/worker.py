@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import logging
@@ -27,6 +28,9 @@ from dlrm.serve.model import ServedModel
 from dlrm.serve.service import Service
 
 logger = logging.getLogger("dlrm")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 1 << 25  # the most that glibc takes for the latter
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,22 @@ def run_worker(config: ServeConfig, place: Place, control: socket.socket, *, rep
     # A batch is scored by one thread: a team of them waits for its slowest, whose core may be busy
     # with requests or somebody else's work. On two busy cores that is 20 ms instead of 2.
     torch.set_num_threads(1)
+    _keep_memory()
     _allow_files(2 * config.max_connections + 256)
     # The event loop waits at most so long for a thread that reads a large request.
     sys.setswitchinterval(0.001)
     return asyncio.run(_Worker(config, place, control).run(replaces=replaces))
+
+
+def _keep_memory() -> None:
+    """Let the C library keep what is freed for the next request, as far as it can be told to.
+
+    It would give a batch's memory back to the system and get it anew, page by page, for the next.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc's
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            libc.mallopt(option, _KEPT_BYTES)
 
 
 def _allow_files(count: int) -> None:
