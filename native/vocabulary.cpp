@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "fields.h"
 
 namespace dlrm {
 namespace {
@@ -114,13 +115,16 @@ uint64_t mix(uint64_t value) {
   return value ^ value >> 31;
 }
 
-void encode_values(const at::Tensor& values, const at::Tensor& rules, at::TensorList part_values,
-                   at::TensorList part_ids, at::TensorList part_starts, const at::Tensor& bounds,
-                   at::Tensor& ids, at::Tensor& unknown) {
-  const int64_t rows = values.size(0);
-  const int64_t features = values.size(1);
+// The value of a feature in a row is values[first + row * step]; where step is 0 one value is meant
+// for every row, and is looked up once.
+void encode_values(const at::Tensor& values, const at::Tensor& columns, const at::Tensor& rules,
+                   at::TensorList part_values, at::TensorList part_ids, at::TensorList part_starts,
+                   const at::Tensor& bounds, at::Tensor& ids, at::Tensor& unknown) {
+  const int64_t rows = ids.size(0);
+  const int64_t features = columns.size(0);
   const int64_t part_count = static_cast<int64_t>(part_values.size());
-  check_tensor(values, at::kUInt32, {rows, features}, "values");
+  check_tensor(values, at::kUInt32, {values.numel()}, "values");
+  check_tensor(columns, at::kLong, {features, 2}, "columns");
   check_tensor(rules, at::kLong, {features, 5}, "rules");
   check_tensor(bounds, at::kLong, {part_count, 2}, "bounds");
   check_tensor(ids, at::kInt, {rows, features}, "ids");
@@ -155,86 +159,139 @@ void encode_values(const at::Tensor& values, const at::Tensor& rules, at::Tensor
     described[f] = {parts.data() + rule[0], rule[1] - rule[0], static_cast<int32_t>(rule[2]),
                     static_cast<uint32_t>(rule[3]), static_cast<uint32_t>(rule[4])};
   }
+  const int64_t* column = columns.const_data_ptr<int64_t>();
+  for (int64_t f = 0; f < features; ++f) {
+    const int64_t first = column[2 * f], step = column[2 * f + 1];
+    TORCH_CHECK(0 <= first && 0 <= step && (rows == 0 || first + (rows - 1) * step < values.numel()),
+                "dlrm::encode_values: a column lies within the values");
+  }
   const uint32_t* raw = values.const_data_ptr<uint32_t>();
   int32_t* id = ids.mutable_data_ptr<int32_t>();
   int64_t* unknown_of = unknown.mutable_data_ptr<int64_t>();
 
   // Of large tables, whose memory must be waited for; the others are looked up at once.
-  std::vector<int64_t> staged;
-  for (int64_t f = 0; f < features; ++f) {
-    const Feature& feature = described[f];
+  const auto is_large = [&](const Feature& feature) {
     int64_t size = 0;
     for (int64_t p = 0; p < feature.part_count; ++p) size += feature.parts[p].size;
-    if (!feature.buckets && size > kSmall) staged.push_back(f);
-  }
-  const int64_t large = static_cast<int64_t>(staged.size());
-  const int64_t tile_rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, large));
+    return !feature.buckets && size > kSmall;
+  };
   struct Lookup {
     const Part* part;
     uint32_t value, low, high;
   };
-  std::vector<Lookup> lookups(large * tile_rows);
-  for (int64_t begin = 0; begin < rows; begin += tile_rows) {
-    const int64_t tile = std::min(tile_rows, rows - begin);
-    const auto each = [&](const auto& step) {
-      for (int64_t s = 0; s < large; ++s) {
-        for (int64_t r = 0; r < tile; ++r) {
-          step(lookups[s * tile_rows + r], staged[s], (begin + r) * features + staged[s]);
-        }
-      }
+  std::vector<Lookup> lookups;
+  // Encodes the first `count` rows of some features.
+  const auto encode = [&](const std::vector<int64_t>& chosen, int64_t count) {
+    std::vector<int64_t> staged, direct;
+    for (const int64_t f : chosen) (is_large(described[f]) ? staged : direct).push_back(f);
+    const int64_t large = static_cast<int64_t>(staged.size());
+    const int64_t tile_rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, large));
+    lookups.resize(large * tile_rows);
+    const auto value_of = [&](int64_t f, int64_t row) {
+      return described[f].value_of(raw[column[2 * f] + row * column[2 * f + 1]]);
     };
-    each([&](Lookup& lookup, int64_t f, int64_t cell) {
-      lookup.value = described[f].value_of(raw[cell]);
-      lookup.part = described[f].part_of(lookup.value);
-      if (!lookup.part) return;
-      lookup.low = static_cast<uint32_t>(lookup.part->range_of(lookup.value));
-      __builtin_prefetch(lookup.part->starts + lookup.low);
-    });
-    each([&](Lookup& lookup, int64_t, int64_t) {
-      if (!lookup.part) return;
-      lookup.part->bounds_of(lookup.low, &lookup.low, &lookup.high);
-      __builtin_prefetch(lookup.part->values + lookup.low);
-      __builtin_prefetch(lookup.part->values + lookup.low + kWindow - 1);
-    });
-    each([&](Lookup& lookup, int64_t, int64_t) {
-      if (!lookup.part) return;
-      lookup.low = lookup.part->place_of(lookup.low, lookup.high, lookup.value);
-      if (lookup.part->has(lookup.value, lookup.low)) {
-        __builtin_prefetch(lookup.part->ids + lookup.low);
-      } else {
-        lookup.part = nullptr;
-      }
-    });
-    each([&](Lookup& lookup, int64_t f, int64_t cell) {
-      unknown_of[f] += !lookup.part;
-      id[cell] = lookup.part ? lookup.part->ids[lookup.low] : described[f].other;
-    });
-    for (int64_t f = 0, s = 0; f < features; ++f) {
-      if (s < large && staged[s] == f) {
-        ++s;
-        continue;
-      }
-      const Feature& feature = described[f];
-      for (int64_t cell = begin * features + f; cell < (begin + tile) * features;
-           cell += features) {
-        const uint32_t value = feature.value_of(raw[cell]);
-        if (feature.buckets) {
-          id[cell] = static_cast<int32_t>((mix(value) >> 32) * feature.buckets >> 32);
-          continue;
+    for (int64_t begin = 0; begin < count; begin += tile_rows) {
+      const int64_t tile = std::min(tile_rows, count - begin);
+      const auto each = [&](const auto& step) {
+        for (int64_t s = 0; s < large; ++s) {
+          for (int64_t r = 0; r < tile; ++r) {
+            step(lookups[s * tile_rows + r], staged[s], begin + r);
+          }
         }
-        const Part* part = feature.part_of(value);
-        uint32_t place = 0;
-        if (part) {
-          uint32_t low, high;
-          part->bounds_of(static_cast<uint32_t>(part->range_of(value)), &low, &high);
-          place = part->place_of(low, high, value);
-          if (!part->has(value, place)) part = nullptr;
+      };
+      each([&](Lookup& lookup, int64_t f, int64_t row) {
+        lookup.value = value_of(f, row);
+        lookup.part = described[f].part_of(lookup.value);
+        if (!lookup.part) return;
+        lookup.low = static_cast<uint32_t>(lookup.part->range_of(lookup.value));
+        __builtin_prefetch(lookup.part->starts + lookup.low);
+      });
+      each([&](Lookup& lookup, int64_t, int64_t) {
+        if (!lookup.part) return;
+        lookup.part->bounds_of(lookup.low, &lookup.low, &lookup.high);
+        __builtin_prefetch(lookup.part->values + lookup.low);
+        __builtin_prefetch(lookup.part->values + lookup.low + kWindow - 1);
+      });
+      each([&](Lookup& lookup, int64_t, int64_t) {
+        if (!lookup.part) return;
+        lookup.low = lookup.part->place_of(lookup.low, lookup.high, lookup.value);
+        if (lookup.part->has(lookup.value, lookup.low)) {
+          __builtin_prefetch(lookup.part->ids + lookup.low);
+        } else {
+          lookup.part = nullptr;
         }
-        unknown_of[f] += !part;
-        id[cell] = part ? part->ids[place] : feature.other;
+      });
+      each([&](Lookup& lookup, int64_t f, int64_t row) {
+        unknown_of[f] += !lookup.part;
+        id[row * features + f] = lookup.part ? lookup.part->ids[lookup.low] : described[f].other;
+      });
+      for (const int64_t f : direct) {
+        const Feature& feature = described[f];
+        for (int64_t row = begin; row < begin + tile; ++row) {
+          const uint32_t value = value_of(f, row);
+          int32_t& found = id[row * features + f];
+          if (feature.buckets) {
+            found = static_cast<int32_t>((mix(value) >> 32) * feature.buckets >> 32);
+            continue;
+          }
+          const Part* part = feature.part_of(value);
+          uint32_t place = 0;
+          if (part) {
+            uint32_t low, high;
+            part->bounds_of(static_cast<uint32_t>(part->range_of(value)), &low, &high);
+            place = part->place_of(low, high, value);
+            if (!part->has(value, place)) part = nullptr;
+          }
+          unknown_of[f] += !part;
+          found = part ? part->ids[place] : feature.other;
+        }
       }
     }
+  };
+  std::vector<int64_t> varying, common;
+  for (int64_t f = 0; f < features; ++f) (column[2 * f + 1] ? varying : common).push_back(f);
+  encode(varying, rows);
+  encode(common, std::min<int64_t>(rows, 1));
+  for (const int64_t f : common) {
+    unknown_of[f] *= rows;
+    for (int64_t row = 1; row < rows; ++row) id[row * features + f] = id[f];
   }
+}
+
+// Reads texts that are 8 hexadecimal digits, or empty: 0. Each has its length before it, in 4 bytes;
+// tensors of `counts` texts and `sizes` bytes follow each other. Returns whether they are that.
+bool unpack_values(const at::Tensor& data, at::IntArrayRef sizes, at::IntArrayRef counts,
+                   at::Tensor& values) {
+  int64_t bytes = 0, texts = 0;
+  TORCH_CHECK(sizes.size() == counts.size(), "dlrm::unpack_values: a size for each count");
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    TORCH_CHECK(sizes[i] >= 0 && counts[i] >= 0, "dlrm::unpack_values: sizes are not negative");
+    bytes += sizes[i];
+    texts += counts[i];
+  }
+  check_tensor(data, at::kByte, {bytes}, "data");
+  check_tensor(values, at::kUInt32, {texts}, "values");
+  const uint8_t* at = data.const_data_ptr<uint8_t>();
+  uint32_t* value = values.mutable_data_ptr<uint32_t>();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const uint8_t* end = at + sizes[i];
+    for (int64_t text = 0; text < counts[i]; ++text, ++value) {
+      if (end - at < 4) return false;
+      const int length = at[0];
+      if (length & ~8 || at[1] | at[2] | at[3] || end - at < 4 + length) return false;
+      at += 4;
+      uint8_t bad = 0;
+      *value = 0;
+      for (int digit = 0; digit < length; ++digit) {
+        bad |= kDigits[at[digit]];
+        *value = *value << 4 | kDigits[at[digit]];
+      }
+      if (bad & 0xF0) return false;
+      at += length;
+    }
+    if (at != end) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -243,11 +300,14 @@ void encode_values(const at::Tensor& values, const at::Tensor& rules, at::Tensor
 TORCH_LIBRARY_FRAGMENT(dlrm, library) {
   library.def("index_values(Tensor values, Tensor(a!) starts) -> ()");
   library.def(
-      "encode_values(Tensor values, Tensor rules, Tensor[] part_values, Tensor[] part_ids, "
-      "Tensor[] part_starts, Tensor bounds, Tensor(a!) ids, Tensor(b!) unknown) -> ()");
+      "encode_values(Tensor values, Tensor columns, Tensor rules, Tensor[] part_values, "
+      "Tensor[] part_ids, Tensor[] part_starts, Tensor bounds, Tensor(a!) ids, Tensor(b!) unknown) "
+      "-> ()");
+  library.def("unpack_values(Tensor data, int[] sizes, int[] counts, Tensor(a!) values) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(dlrm, CPU, library) {
   library.impl("index_values", &dlrm::index_values);
   library.impl("encode_values", &dlrm::encode_values);
+  library.impl("unpack_values", &dlrm::unpack_values);
 }

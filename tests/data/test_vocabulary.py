@@ -193,13 +193,20 @@ def test_encoder_against_a_dictionary(
     # Few rows, which fill no group, and some features, in another order.
     for rows in (1, 2, 7):
         assert encoder.encode(asked[:rows])[0].tolist() == ids[:rows].tolist()
-    some = encoder.select(["s_3", "s_1"])
-    assert [feature.name for feature in some.features] == ["s_3", "s_1"]
-    chosen, chosen_unknown = some.encode(asked[:, [3, 1]])
-    assert chosen.tolist() == ids[:, [3, 1]].tolist()
-    assert chosen_unknown.tolist() == unknown[[3, 1]].tolist()
-    none = encoder.select([]).encode(asked[:, :0])
-    assert none[0].shape == (3001, 0)
+    # Values by feature, some of which are meant for all rows.
+    for rows in (0, 1, 2, 3001):
+        flat = np.concatenate([asked[:rows, 3], asked[7:8, 0], asked[:rows, 2], asked[9:10, 1]])
+        columns = np.array([[rows, 0], [2 * rows + 1, 0], [rows + 1, 1], [0, 1]])
+        expected = ids[:rows].copy()
+        expected[:, 0], expected[:, 1] = ids[7, 0], ids[9, 1]
+        encoded, missed = encoder.encode_columns(flat, columns, rows)
+        assert encoded.tolist() == expected.tolist()
+        others = [feature.other_id for feature in features]
+        assert missed[:3].tolist() == (expected[:, :3] == others).sum(axis=0).tolist()
+    if lookups == "native":
+        for columns in ([[0, 5]] * 4, [[-1, 1]] * 4, [[0, -1]] * 4):
+            with pytest.raises(RuntimeError, match="a column lies within the values"):
+                encoder.encode_columns(asked[:, 0], np.array(columns), len(asked))
 
 
 def test_threads_share_an_encoder(tmp_path: Path, described: FeatureSchema) -> None:

@@ -215,3 +215,13 @@ def test_a_thread_goes_on_when_another_takes_the_batch_that_both_wait_for(
         return sum(thread.name.startswith("scoring-") for thread in threading.enumerate())
 
     assert play(scenario, threads=4, batch_wait_ms=2) == 4
+
+
+def test_no_rows_may_wait_too(play: Callable[..., Any]) -> None:
+    async def scenario(batcher: Batcher, model: Model) -> int:
+        tasks = [ask(batcher, model, 1), ask(batcher, model, 1), ask(batcher, model, 0)]
+        await begun(model)
+        model.may_end.release(9)
+        return len((await asyncio.gather(*tasks))[2].probabilities)
+
+    assert play(scenario) == 0

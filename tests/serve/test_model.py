@@ -8,27 +8,25 @@ import torch
 from dlrm.data.batch import Batch
 from dlrm.prediction import Predictor
 from dlrm.serve.model import ServedModel, concatenate
-from dlrm.serve.rows import RawRows
+from dlrm.serve.rows import SentRows
 
 
-def raw(count: int, features: int, wide: int, constant: int, seed: int) -> RawRows:
-    """Rows whose last ``constant`` features are the same in all."""
+def sent(count: int, features: int, wide: int, common: int, seed: int) -> SentRows:
+    """Rows whose last ``common`` features are the same in all, and are told once."""
     random = np.random.default_rng(seed)
-    varying = np.arange(features - constant)
-    return RawRows(
+    sizes = np.array([count] * (features - common) + [1] * common, np.int64)
+    return SentRows(
         count,
         random.integers(0, 50, (count, wide), np.int32),
-        random.integers(0, 2**32, (count, features - constant), np.uint32),
-        varying,
-        random.integers(0, 2**32, (1, constant), np.uint32),
-        np.arange(features - constant, features),
+        random.integers(0, 2**32, sizes.sum(), np.uint32),
+        np.stack([np.cumsum(sizes) - sizes, sizes > 1], axis=1),
     )
 
 
 def test_requests_scored_together_are_scored_as_alone(run: Path, predictor: Predictor) -> None:
     model = ServedModel.load(run, "dlrm", 100)
     features, wide = len(model.schema.sparse), len(model.schema.dense)
-    whole, common, single = (raw(*shape) for shape in (
+    whole, common, single = (sent(*shape) for shape in (
         (5, features, wide, 0, 1), (7, features, wide, 9, 2), (1, features, wide, 0, 3)
     ))  # fmt: skip
     prepared = Batch(torch.ones(3, wide), torch.zeros(3, features, dtype=torch.int64), None)
@@ -38,7 +36,8 @@ def test_requests_scored_together_are_scored_as_alone(run: Path, predictor: Pred
         (alone,) = model.score([rows])
         np.testing.assert_array_equal(alone.probabilities, scores.probabilities)
         np.testing.assert_array_equal(alone.unknown_ids, scores.unknown_ids)
-    values = np.concatenate([common.values, np.repeat(common.common, 7, axis=0)], axis=1)
+    places = common.columns[:, 0] + np.arange(7)[:, None] * common.columns[:, 1]
+    values = common.values[places]
     expected = predictor.predict_rows(common.dense, values)[0]
     np.testing.assert_allclose(together[2].probabilities, expected, atol=1e-6)
     assert (together[0].unknown_ids > features - 3).all()  # random values

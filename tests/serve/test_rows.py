@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dlrm.data.batch import Batch
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 from dlrm.serve.protocol import RefusedError, Tensor
-from dlrm.serve.rows import RawRows, Reader
+from dlrm.serve.rows import Reader, SentRows
 
 SCHEMA = FeatureSchema(
     "label",
@@ -37,9 +37,9 @@ def packed(name: str, elements: list[bytes], *shape: int) -> Tensor:
     return Tensor(name, "BYTES", shape or (len(elements),), packed=memoryview(data))
 
 
-def read(*tensors: Tensor, reader: Reader = READER) -> RawRows:
+def read(*tensors: Tensor, reader: Reader = READER) -> SentRows:
     rows = reader.read({tensor.name: tensor for tensor in tensors})
-    assert isinstance(rows, RawRows)
+    assert isinstance(rows, SentRows)
     return rows
 
 
@@ -49,12 +49,10 @@ def refused(*tensors: Tensor, reader: Reader = READER) -> str:
     return str(caught.value)
 
 
-def values(rows: RawRows) -> np.ndarray:
+def values(rows: SentRows) -> np.ndarray:
     """The sparse values of every row, (n, F)."""
-    every = np.zeros((rows.count, len(rows.varying) + len(rows.constant)), np.uint32)
-    every[:, rows.varying] = rows.values
-    every[:, rows.constant] = rows.common
-    return every
+    places = rows.columns[:, 0] + np.arange(rows.count)[:, None] * rows.columns[:, 1]
+    return rows.values[places]
 
 
 DENSE = (numbers("d0", "INT32", [1, -5]), numbers("d1", "FP32", [np.nan, 7], 2, 1))
@@ -86,7 +84,7 @@ def test_features_come_by_name_or_as_matrices(sparse: tuple[Tensor, ...]) -> Non
         rows = read(*dense, *sparse)
         assert rows.dense.tolist() == [[1, 0], [0, 7]]
         assert values(rows).tolist() == EXPECTED
-        assert (rows.count, len(rows.constant)) == (2, 0)
+        assert (rows.count, len(rows.values)) == (2, 6)
 
 
 def test_what_comes_once_is_meant_for_each_row() -> None:
@@ -99,12 +97,12 @@ def test_what_comes_once_is_meant_for_each_row() -> None:
     )
     assert rows.dense.tolist() == [[5, 1], [5, 2], [5, 3]]
     assert values(rows).tolist() == [[255, 1, 9], [255, 2, 9], [255, 0, 9]]
-    assert (rows.varying.tolist(), rows.constant.tolist()) == ([1], [0, 2])
+    assert rows.columns[:, 1].tolist() == [0, 1, 0]  # the others are looked up once
     once = read(
         numbers("dense", "INT32", [[5, 6], [7, 8]]), texts("sparse", ["0000000a"] * 3, 1, 3)
     )
     assert values(once).tolist() == [[10, 10, 10]] * 2
-    assert once.varying.tolist() == []
+    assert once.columns[:, 1].tolist() == [0, 0, 0]
     once = read(numbers("dense", "INT32", [[5, 6]]), numbers("sparse", "UINT32", [[1] * 3] * 2))
     assert once.dense.tolist() == [[5, 6]] * 2
 

@@ -247,14 +247,6 @@ class Encoder:
             tables.append(_Table(parts))
         return Encoder(schema.sparse, tables)
 
-    def select(self, names: Sequence[str]) -> Encoder:
-        """Return an encoder of some of the features, in this order, over the same vocabularies."""
-        places = {feature.name: place for place, feature in enumerate(self.features)}
-        chosen = [places[name] for name in names]
-        return Encoder(
-            [self.features[place] for place in chosen], [self._tables[place] for place in chosen]
-        )
-
     def decode(
         self, ids: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
@@ -286,12 +278,34 @@ class Encoder:
             Their ids, (n, F), and for each feature, (F,), how many values have none of their own:
             they get the 'other' slot, or -1 where the feature has no such slot.
         """
+        rows, features = values.shape
+        columns = np.empty((features, 2), np.int64)
+        columns[:, 0] = np.arange(features)
+        columns[:, 1] = features
+        return self.encode_columns(values.reshape(-1), columns, rows)
+
+    def encode_columns(
+        self, values: npt.NDArray[np.uint32], columns: npt.NDArray[np.int64], rows: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Encode values that lie in any order, of which some are meant for every row.
+
+        Args:
+            values: Flat, missing values 0.
+            columns: (F, 2), of each feature the place of its first row's value, and how many places
+                further that of the next row is; 0: it is the same.
+            rows: n.
+
+        Returns:
+            As ``encode`` does.
+        """
         if not library().loaded:
-            return self._encode_plainly(values)
-        ids = np.empty(values.shape, np.int32)
+            places = columns[:, 0] + np.arange(rows)[:, None] * columns[:, 1]
+            return self._encode_plainly(values[places])
+        ids = np.empty((rows, len(self.features)), np.int32)
         unknown = np.zeros(len(self.features), np.int64)
         torch.ops.dlrm.encode_values(
             torch.from_numpy(np.require(values, np.uint32, ["C", "W"])),
+            torch.from_numpy(columns),
             *self._native,
             torch.from_numpy(ids),
             torch.from_numpy(unknown),

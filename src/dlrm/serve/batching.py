@@ -19,7 +19,7 @@ from dlrm.device import available_cores
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import Scores, ServedModel
 from dlrm.serve.protocol import RefusedError
-from dlrm.serve.rows import RawRows, Rows
+from dlrm.serve.rows import Rows
 
 AT_ONCE = 8
 """Rows of a request that need not wait for a thread."""
@@ -72,7 +72,7 @@ class Batcher:
         Raises:
             RefusedError: The queue is full (503), or the deadline passed while they waited (504).
         """
-        count = rows.count if isinstance(rows, RawRows) else len(rows)
+        count = len(rows)
         now = time.monotonic()
         if count <= AT_ONCE and not self._jobs and not self._config.batch_wait_ms:
             (scores,) = self._score(model, [rows], count)

@@ -14,18 +14,14 @@ import torch
 
 from dlrm.bundles import BUNDLE, is_bundle
 from dlrm.data.batch import Batch, make_batch
-from dlrm.data.vocabulary import Encoder
 from dlrm.model.score import Scorer
 from dlrm.prediction import Predictor, load
 from dlrm.serve.card import Card, read_card
 from dlrm.serve.protocol import RefusedError
-from dlrm.serve.rows import RawRows, Reader, Rows
+from dlrm.serve.rows import Reader, Rows
 
 PLATFORM = "dlrm"
 OUTPUTS = ("probabilities", "unknown_ids")
-
-
-_MOST_ENCODERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +61,6 @@ class ServedModel:
         self._encoder = predictor.encoder
         self._scorer = Scorer(predictor.model, predictor.config.loss, predictor.config.amp)
         self.schema = schema = predictor.schema
-        self._encoders: dict[tuple[int, ...], Encoder] = {}
         self._other_ids = np.array([feature.other_id for feature in schema.sparse], np.int32)
         self._one_id = np.array([not feature.multi_hot for feature in schema.sparse])
 
@@ -123,7 +118,8 @@ class ServedModel:
                 batches.append(rows)
                 unknown.append(self._empty_bags(rows))
             else:
-                ids = self._ids(rows)
+                assert self._encoder is not None
+                ids, _ = self._encoder.encode_columns(rows.values, rows.columns, rows.count)
                 batches.append(make_batch(self.schema, rows.dense, ids, None))
                 unknown.append((ids == self._other_ids).sum(axis=1, dtype=np.int32))
         probabilities = self._scorer(concatenate(batches))
@@ -132,26 +128,6 @@ class ServedModel:
         ends = np.cumsum([len(batch) for batch in batches])[:-1]
         parts = np.split(probabilities, ends)
         return [Scores(*each) for each in zip(parts, unknown, strict=True)]
-
-    def _ids(self, rows: RawRows) -> npt.NDArray[np.int32]:
-        assert self._encoder is not None
-        if not len(rows.constant):
-            return self._encoder.encode(rows.values)[0]
-        ids = np.empty((rows.count, len(self.schema.sparse)), np.int32)
-        for places, values in ((rows.varying, rows.values), (rows.constant, rows.common)):
-            ids[:, places] = self._encoder_of(tuple(places)).encode(values)[0]
-        return ids
-
-    def _encoder_of(self, places: tuple[int, ...]) -> Encoder:
-        """Return an encoder of some features; clients send the same ones once again and again."""
-        found = self._encoders.get(places)
-        if found is None:
-            if len(self._encoders) >= _MOST_ENCODERS:
-                self._encoders.clear()
-            assert self._encoder is not None
-            found = self._encoder.select([self.schema.sparse[place].name for place in places])
-            self._encoders[places] = found
-        return found
 
     def _empty_bags(self, batch: Batch) -> npt.NDArray[np.int32]:
         """Return how many bags of features with one id a row hold none, by row."""

@@ -18,6 +18,7 @@ import torch
 
 from dlrm.data.batch import Batch, check_batch
 from dlrm.errors import UserError
+from dlrm.ops.library import library
 from dlrm.schema import FeatureSchema
 from dlrm.serve.protocol import RefusedError, Tensor, wrong
 
@@ -28,27 +29,27 @@ PREPARED = ("dense_features", "sparse_features", "offsets")
 
 
 @dataclass(frozen=True, eq=False)
-class RawRows:
-    """n raw rows.
+class SentRows:
+    """n raw rows as a request has them.
 
     Attributes:
         count: n.
         dense: (n, number of dense features) int32, missing and negative values 0.
-        values: (n, V) uint32, missing values 0: of the sparse features that differ between rows.
-        varying: Which these are, (V,).
-        common: (1, F - V) uint32: of the others.
-        constant: Which these are, (F - V,).
+        values: Flat uint32, the sparse values, missing ones 0.
+        columns: (F, 2), where among them those of each feature are: ``Encoder.encode_columns``.
     """
 
     count: int
     dense: npt.NDArray[np.int32]
     values: npt.NDArray[np.uint32]
-    varying: npt.NDArray[np.intp]
-    common: npt.NDArray[np.uint32]
-    constant: npt.NDArray[np.intp]
+    columns: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return n."""
+        return self.count
 
 
-Rows = RawRows | Batch
+Rows = SentRows | Batch
 """Raw rows, or prepared ones."""
 
 
@@ -92,7 +93,7 @@ class Reader:
             return self._prepared(inputs)
         return self._raw(inputs)
 
-    def _raw(self, inputs: Mapping[str, Tensor]) -> RawRows:
+    def _raw(self, inputs: Mapping[str, Tensor]) -> SentRows:
         if not self._takes_raw:
             raise wrong(
                 "the model takes prepared rows alone (inputs dense_features, sparse_features, "
@@ -107,23 +108,18 @@ class Reader:
         else:
             tensors = [inputs[name] for name in self._dense]
             dense = _matrix(_counts(tensors), [each.elements for each in tensors], rows)
-        none = np.arange(0)
-        every = np.arange(len(self._sparse))
+        columns = np.empty((len(self._sparse), 2), np.int64)
         if SPARSE in inputs and SPARSE in self._reserved:
-            matrix = _values([inputs[SPARSE]]).reshape(-1, len(self._sparse))
-            if len(matrix) == rows:
-                return RawRows(rows, dense, matrix, every, _NO_VALUES, none)
-            return RawRows(rows, dense, np.empty((rows, 0), np.uint32), none, matrix, every)
-        tensors = [inputs[name] for name in self._sparse]
-        sizes = [each.elements for each in tensors]
-        flat = _values(tensors)
-        if len(flat) == rows * len(tensors):
-            return RawRows(rows, dense, _matrix(flat, sizes, rows), every, _NO_VALUES, none)
-        is_common = np.array(sizes) != rows
-        from_common = np.repeat(is_common, sizes)
-        varying, constant = np.flatnonzero(~is_common), np.flatnonzero(is_common)
-        values = _matrix(flat[~from_common], [rows] * len(varying), rows)
-        return RawRows(rows, dense, values, varying, flat[from_common][None, :], constant)
+            values = _values([inputs[SPARSE]])
+            columns[:, 0] = np.arange(len(columns))
+            columns[:, 1] = len(columns) if inputs[SPARSE].shape[0] > 1 else 0
+        else:
+            tensors = [inputs[name] for name in self._sparse]
+            values = _values(tensors)
+            sizes = np.array([each.elements for each in tensors], np.int64)
+            columns[:, 0] = np.cumsum(sizes) - sizes
+            columns[:, 1] = sizes > 1
+        return SentRows(rows, dense, values, columns)
 
     def _refuse_names(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse features that are missing, that come twice, and inputs that are none."""
@@ -229,7 +225,6 @@ def _bags_of_matrix(features: torch.Tensor, ids: torch.Tensor) -> Batch:
 
 
 T = TypeVar("T", bound=np.generic)
-_NO_VALUES = np.empty((1, 0), np.uint32)
 
 
 def _matrix(flat: npt.NDArray[T], sizes: Sequence[int], rows: int) -> npt.NDArray[T]:
@@ -280,11 +275,15 @@ def _count_column(tensor: Tensor) -> npt.NDArray[np.int32]:
 
 def _values(tensors: Sequence[Tensor]) -> npt.NDArray[np.uint32]:
     """Return the sparse values of tensors, one after the other; missing ones are 0."""
-    if all(tensor.packed is not None for tensor in tensors):
-        packed = [tensor.packed for tensor in tensors if tensor.packed is not None]
-        found = _unpacked(packed, [tensor.elements for tensor in tensors])
-        if found is not None:
-            return found
+    packed = [tensor.packed for tensor in tensors if tensor.packed is not None]
+    if packed and len(packed) == len(tensors) and library().loaded:
+        data = np.frombuffer(bytearray().join(packed), np.uint8)
+        counts = [tensor.elements for tensor in tensors]
+        values = np.empty(sum(counts), np.uint32)
+        if torch.ops.dlrm.unpack_values(
+            torch.from_numpy(data), list(map(len, packed)), counts, torch.from_numpy(values)
+        ):
+            return values
     return np.concatenate([np.zeros(0, np.uint32), *map(_value_column, tensors)])
 
 
@@ -313,39 +312,6 @@ _NO_DIGIT = 255
 _digit = np.full(256, _NO_DIGIT, np.uint8)
 for _characters in (b"0123456789abcdef", b"0123456789ABCDEF"):
     _digit[np.frombuffer(_characters, np.uint8)] = np.arange(16)
-
-
-def _unpacked(packed: Sequence[memoryview], counts: Sequence[int]) -> npt.NDArray[np.uint32] | None:
-    """Return the values of texts that are 8 hexadecimal digits or empty; None: others are there.
-
-    Args:
-        packed: Of several tensors, each text with its length before it, in 4 bytes.
-        counts: How many there should be in each.
-    """
-    if any(len(data) % 4 for data in packed):
-        return None
-    data, count = b"".join(packed), sum(counts)
-    # In words of 4 bytes a length is 0 or 8, which four digits never are.
-    words = np.frombuffer(data, "<u4")
-    places = np.flatnonzero((words == 0) | (words == _DIGITS))
-    if len(places) != count:
-        return None
-    full = words[places] == _DIGITS
-    ends = np.append(places[1:], len(words))
-    if count == 0 or places[0] != 0 or not np.array_equal(ends - places, 1 + 2 * full):
-        return None if len(words) or count else np.zeros(0, np.uint32)
-    words_before = np.cumsum([len(data) // 4 for data in packed])
-    if not np.array_equal(np.searchsorted(places, words_before), np.cumsum(counts)):
-        return None  # what one tensor has too few of another has too many
-    digits = np.empty((int(full.sum()), 2), np.uint32)
-    digits[:, 0] = words[places[full] + 1]
-    digits[:, 1] = words[places[full] + 2]
-    found = _from_digits(digits.view(np.uint8).reshape(-1))
-    if found is None:
-        return None
-    values = np.zeros(count, np.uint32)
-    values[full] = found
-    return values
 
 
 def _from_digits(characters: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32] | None:
