@@ -156,6 +156,31 @@ def test_a_flipped_byte_of_any_file_is_refused_by_its_name(bundle: Path) -> None
     dlrm.load(bundle)
 
 
+def test_a_file_of_another_length_is_refused_by_its_name(bundle: Path) -> None:
+    for path in [path for path in bundle.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        for other in (content[:-1], content + b"\n", b""):
+            path.write_bytes(other)
+            with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+                dlrm.load(bundle)
+        path.write_bytes(content)
+    dlrm.load(bundle)
+
+
+def test_a_link_is_refused_by_its_name(bundle: Path, tmp_path: Path) -> None:
+    """Of the content that is expected, even."""
+    for name in ("vocabulary/cat_3.arrow", "vocabulary", "examples.json", "bundle.json"):
+        (bundle / name).rename(tmp_path / "elsewhere")
+        (bundle / name).symlink_to(tmp_path / "elsewhere")
+        for verified in (False, True):
+            with pytest.raises(UserError, match=rf"/{name} is a symbolic link to .*/elsewhere"):
+                dlrm.load(bundle, verified=verified)
+        (bundle / name).unlink()
+        (tmp_path / "elsewhere").rename(bundle / name)
+    (tmp_path / "current").symlink_to(bundle)
+    dlrm.load(tmp_path / "current")
+
+
 def test_a_missing_or_surplus_file_is_refused_by_its_name(bundle: Path) -> None:
     for name in ("vocabulary/cat_3.arrow", "examples.json", "model.onnx", "schema.json"):
         content = (bundle / name).read_bytes()
@@ -164,14 +189,27 @@ def test_a_missing_or_surplus_file_is_refused_by_its_name(bundle: Path) -> None:
             with pytest.raises(UserError, match=rf"{name} is missing"):
                 dlrm.load(bundle, verified=verified)
         (bundle / name).write_bytes(content)
-    for name in ("vocabulary/more.arrow", ".hidden", "folder/file"):
-        (bundle / name).parent.mkdir(exist_ok=True)
-        (bundle / name).write_text("")
+    for name in ("vocabulary/more.arrow", ".hidden", "folder", "vocabulary/folder"):
+        if "folder" in name:
+            (bundle / name).mkdir()
+        else:
+            (bundle / name).write_text("")
         for verified in (False, True):
-            with pytest.raises(UserError, match=rf"{name} does not belong to the bundle"):
+            with pytest.raises(UserError, match=rf"/{name} does not belong to the bundle"):
                 dlrm.load(bundle, verified=verified)
-        (bundle / name).unlink()
+        (bundle / name).rmdir() if "folder" in name else (bundle / name).unlink()
     dlrm.load(bundle)
+
+
+def test_a_vocabulary_that_only_its_checksum_fits(bundle: Path) -> None:
+    """As after a stranger's change, or where checksums were compared before it was damaged."""
+    path = bundle / "vocabulary" / "cat_3.arrow"
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], content.replace(b"value", b"vague")):
+        path.write_bytes(damaged)
+        relisted(bundle, "vocabulary/cat_3.arrow")
+        with pytest.raises(UserError, match=r"cat_3\.arrow .* copy or export the bundle again"):
+            dlrm.load(bundle)
 
 
 def test_what_was_verified_already_is_not_read_again(
@@ -203,6 +241,13 @@ def resealed(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((bundle / "bundle.json").read_text())
     change(content)
     write_info(bundle, msgspec.convert(content, BundleInfo))
+
+
+def relisted(bundle: Path, name: str) -> None:
+    """List a file as it is now."""
+    path = bundle / name
+    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    resealed(bundle, lambda content: content["files"].update({name: file}))
 
 
 @pytest.mark.parametrize(
@@ -244,8 +289,7 @@ def test_headers_that_claim_what_cannot_be(bundle: Path, header: dict[str, Any])
     encoded = json.dumps(header).encode()
     path = bundle / "model.safetensors"
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(24))
-    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    resealed(bundle, lambda content: content["files"].update({path.name: file}))
+    relisted(bundle, path.name)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         dlrm.load(bundle)
 
@@ -255,8 +299,7 @@ def test_tables_that_do_not_lie_one_after_another(bundle: Path) -> None:
     path = bundle / "model.safetensors"
     weights = load_file(path)
     save_file({name: weights[name].clone() for name in sorted(weights, reverse=True)}, path)
-    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    resealed(bundle, lambda content: content["files"].update({path.name: file}))
+    relisted(bundle, path.name)
     with pytest.raises(UserError, match=r"the tables from .* on do not lie one after another"):
         dlrm.load(bundle)
 

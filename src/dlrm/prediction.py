@@ -14,9 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from dlrm import bundles
 from dlrm.bundles import BITS, BUNDLE, WEIGHTS, Bundle, is_bundle
 from dlrm.checkpoint import checksum_of
 from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig
+from dlrm.data import vocabulary
 from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
 from dlrm.data.vocabulary import Encoder
@@ -218,15 +220,19 @@ def load_bundle(
             f"{bundle.path} has tables of {BITS[tables]} bits already, for --device cpu. Leave "
             "--quantize-emb-with-bit and --device away, or export the RUN again without --quantize."
         )
-    encoder = _encoder(bundle.path, bundle.schema, verified=True)
+    encoder = _encoder(bundle.path, bundle.schema, verified=True, remedy=bundles.REMEDY)
     model = bundle.load_model(device)
     quantize(model, quantization)
     identity = identity_of(bundle.info.sha256, config, quantization, device.type)
     return Predictor(bundle.schema, config, model, encoder, bundle.path, identity)
 
 
-def _encoder(path: Path, schema: FeatureSchema, *, verified: bool) -> Encoder | None:
-    return Encoder.open(path, schema, verified=verified) if schema.encodes_values else None
+def _encoder(
+    path: Path, schema: FeatureSchema, *, verified: bool, remedy: str = vocabulary.REMEDY
+) -> Encoder | None:
+    if not schema.encodes_values:
+        return None
+    return Encoder.open(path, schema, verified=verified, remedy=remedy)
 
 
 def identity_of(weights: str, *others: Any) -> str:
