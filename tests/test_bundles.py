@@ -129,6 +129,13 @@ def test_processes_share_the_tables(original: Path) -> None:
     assert offset % (1 << 16) == 0
 
 
+def test_no_file_of_it_is_a_file_of_its_run(run: Path, original: Path) -> None:
+    """So that what changes a RUN or a DATASET does not change what is served."""
+    assert {path.stat().st_nlink for path in original.rglob("*") if path.is_file()} == {1}
+    for name in ("vocabulary/cat_3.arrow", "schema.json"):
+        assert (original / name).read_bytes() == (run / name).read_bytes()
+
+
 def test_it_can_be_moved_and_needs_nothing_else(bundle: Path) -> None:
     code = (
         "import dlrm, json, sys; p = dlrm.load(sys.argv[1]); "

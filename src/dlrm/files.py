@@ -234,11 +234,16 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with atomic_write(target) as copy, open(source, "rb") as file:
-                shutil.copyfileobj(file, copy)
+            copy_file(source, target)
         else:
             os.replace(temporary, target)
             flush_folder(target.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content, replacing what has that name; the copy appears complete."""
+    with atomic_write(target) as copy, open(source, "rb") as file:
+        shutil.copyfileobj(file, copy)
 
 
 def write_safetensors(
