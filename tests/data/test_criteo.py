@@ -250,6 +250,16 @@ def with_field(column: int, field: bytes) -> bytes:
     return b"\t".join(fields)
 
 
+REMEDIES = {
+    "a blank line": "Remove that line: every line is a row.",
+    "'0123abc'": "Leading zeros are lost, as in a spreadsheet that took ids for numbers: write "
+    "00123abc, or get the file again and keep its columns as text.",
+    "'-'": "Leave it empty where a value is missing.",
+    "' 5'": "Remove the spaces around it.",
+    "'5 '": "Remove the spaces around it.",
+}
+
+
 @pytest.mark.parametrize(
     ("line", "place", "expected", "got"),
     [
@@ -309,7 +319,7 @@ def test_a_malformed_line_is_named(
     )
     assert message.startswith(f"{scratch}, line {rows_before + 1}, {place}: expected {expected}")
     assert f", got {got}" in message
-    assert message.endswith("Mend or remove that line, or get the file again.")
+    assert message.endswith(REMEDIES.get(got, "Mend or remove that line, or get the file again."))
     assert len(message) < 400
 
 
@@ -710,7 +720,7 @@ def test_skipped_lines_are_counted_by_reason(
     if labelled:
         assert blank.message == (
             f"{scratch}, line 1, column 1 (label): expected 40 tab-separated fields, got a blank "
-            "line. Mend or remove that line, or get the file again."
+            "line. Remove that line: every line is a row."
         )
         assert header.message.startswith(f"{scratch}, line 2, column 4 (int_2): expected 40")
     for bad in block.examples:

@@ -166,7 +166,7 @@ def test_a_format_can_be_said(
 ) -> None:
     with pytest.raises(UserError, match=r"rows\.csv, line 1: expected 40 tab-separated fields"):
         predict_file(predictor, sources["rows.csv"], tmp_path / "x.csv", input_format="criteo")
-    with pytest.raises(UserError, match=r"train\.txt, line 1: expected a header that names"):
+    with pytest.raises(UserError, match=r"train\.txt, line 1: expected a header, names of"):
         predict_file(predictor, sources["train.txt"], tmp_path / "x.csv", input_format="csv")
     with pytest.raises(UserError, match=r"rows\.csv cannot be read as Parquet"):
         predict_file(predictor, sources["rows.csv"], tmp_path / "x.csv", input_format="parquet")
@@ -190,6 +190,8 @@ def test_a_format_can_be_said(
         (b"a,b\n", "rows.csv.gz", "csv"),
         (b"a,b\n", "rows.parquet", "parquet"),
         (b"a,b\n", "rows.txt", "criteo"),
+        (",".join(NAMES[:-1]).encode() + b"\n", "rows.txt", "csv"),
+        (",".join((*NAMES, "int_0")).encode() + b"\n", "rows.txt", "csv"),
         (b"", "x", "criteo"),
         (b"\x1f\x8bdamaged", "x", "criteo"),
     ],
