@@ -112,7 +112,7 @@ def bench_predict(model: Path, source: Path, config: BenchPredictConfig) -> Benc
             raise UserError(f"{source} has no rows. Name a file of raw rows.")
 
         def predict() -> None:
-            Prediction(predictor, first, "csv", None).into_file(output)
+            Prediction(predictor, first, "csv", None).into_file(output, overwrite=True)
 
         def prepare() -> None:
             deque(in_threads(first.blocks(), encode), maxlen=0)

@@ -499,7 +499,8 @@ class Predict:
     first_id: int | None = None
     """Id of the first row; by default 60000000 for Criteo rows without a label, else 0."""
     overwrite: bool = False
-    """Replace OUTPUT if it is there already."""
+    """Replace OUTPUT if it is there already, and begin anew if another prediction of it was
+    interrupted."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     device: DeviceKind = "cpu"

@@ -305,8 +305,8 @@ def test_the_browser_runs_nothing_but_the_pages_own_script(shown: Any, served: S
 
 def test_the_card_of_a_run_is_read_too(small_bundle: Path) -> None:
     run = small_bundle.parent / "run"
-    of_run = read_card(run, dlrm.load(run), "m", "1")
-    of_bundle = read_card(small_bundle, dlrm.load(small_bundle), "m", "1")
+    of_run = read_card(dlrm.load(run), "m", "1")
+    of_bundle = read_card(dlrm.load(small_bundle), "m", "1")
     assert of_run.metrics == of_bundle.metrics
     assert of_run.headline == of_bundle.headline
     assert of_run.examples == []

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from dlrm.bundles import Bundle, BundleInfo, is_bundle
+from dlrm.bundles import Bundle, BundleInfo
 from dlrm.errors import UserError
 from dlrm.files import read_json
 from dlrm.prediction import Predictor
@@ -71,12 +71,11 @@ class Card:
     metrics: CardTable
 
 
-def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card:
+def read_card(predictor: Predictor, name: str, version: str) -> Card:
     """Read the card of what is served.
 
     Args:
-        path: A BUNDLE or RUN.
-        predictor: What was loaded from it.
+        predictor: What was loaded.
         name: What clients call it.
         version: Its version.
 
@@ -95,11 +94,12 @@ def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card
         ("Rows were split", schema.split_rule),
     ]
     examples: list[CardExample] = []
-    if is_bundle(path):
-        bundle = Bundle.open(path, verified=True)  # loading it has compared the checksums
-        result = bundle.info.trained.result
-        facts += _facts_of_bundle(bundle.info)
-        stored = bundle.examples()
+    opened = predictor.opened
+    path = opened.path
+    if isinstance(opened, Bundle):
+        result = opened.info.trained.result
+        facts += _facts_of_bundle(opened.info)
+        stored = opened.examples()
         if stored.raw:
             examples = [CardExample(each.features, each.label) for each in stored.rows]
     else:
