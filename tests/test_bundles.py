@@ -26,6 +26,7 @@ from dlrm.errors import UserError
 from dlrm.files import safetensors_places, sha256
 from dlrm.model import score
 from dlrm.runs import Run
+from dlrm.serve.model import ServedModel
 from hostile_headers import HEADERS, HUGE
 
 MODEL = ModelConfig(
@@ -230,6 +231,23 @@ def test_what_was_verified_already_is_not_read_again(
     dlrm.load(bundle, verified=True)
     with pytest.raises(AssertionError):
         dlrm.load(bundle)
+
+
+def test_a_server_opens_it_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For model, version and card, which so are of the same bundle, even if it is replaced."""
+    opened: list[Path] = []
+    open_bundle = Bundle.open
+
+    def note(path: Path, **options: Any) -> Bundle:
+        opened.append(path)
+        return open_bundle(path, **options)
+
+    monkeypatch.setattr(Bundle, "open", note)
+    model = ServedModel.load(bundle, "m", 10)
+    assert opened == [bundle]
+    assert json.loads((bundle / "bundle.json").read_text())["sha256"].startswith(model.version)
+    assert len(model.version) == 12
+    assert len(model.card.examples) == 8
 
 
 def test_other_versions_are_refused(bundle: Path) -> None:

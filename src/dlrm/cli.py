@@ -336,13 +336,16 @@ class Run:
     """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
-        """Run all stages and print the result."""
+        """Run all stages, print what was made and, where a person reads, what comes next."""
         from dlrm.pipeline import run_all
 
         prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
-        _print_json(
-            run_all(self.source, self.run, prepare_config, self.options, self.dataset, self.export)
+        made = run_all(
+            self.source, self.run, prepare_config, self.options, self.dataset, self.export
         )
+        _print_json(made.told())
+        sys.stdout.flush()
+        logger.info("%s", made.in_words())
 
 
 @dataclass(frozen=True)
