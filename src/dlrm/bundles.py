@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import safetensors
 import torch
@@ -36,6 +36,8 @@ from dlrm.model.embedding import Arena
 from dlrm.model.quantized_tables import QuantizedTables, row_bytes
 from dlrm.model.variants import PoolingWeights
 from dlrm.schema import FeatureSchema, read_schema
+
+T = TypeVar("T")
 
 BUNDLE = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -190,7 +192,7 @@ class Bundle:
                 named.
         """
         _refuse_links(path)
-        info = read_json(path / BUNDLE, BundleInfo, "bundle", if_missing=REMEDY)
+        info = _read(path / BUNDLE, BundleInfo)
         _verify(path, info, contents=not verified)
         return Bundle(path, info, read_schema(path, "bundle"))
 
@@ -200,7 +202,7 @@ class Bundle:
         Raises:
             UserError: They are missing or damaged.
         """
-        return read_json(self.path / EXAMPLES, Examples, "bundle", if_missing=REMEDY)
+        return _read(self.path / EXAMPLES, Examples)
 
     def load_model(self, device: torch.device) -> DLRM:
         """Build the model, in evaluation mode.
@@ -230,6 +232,10 @@ class Bundle:
 
 REMEDY = "Check the path, or copy or export the bundle again."
 """What to do about a damaged BUNDLE."""
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    return read_json(path, kind, "bundle", if_missing=REMEDY, if_damaged=REMEDY)
 
 
 def is_bundle(path: Path) -> bool:

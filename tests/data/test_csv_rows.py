@@ -125,7 +125,7 @@ def test_reading_goes_on_from_the_end_of_any_block(tmp_path: Path) -> None:
         ("12E+15,1,1,,2,", r"column 1 \(ad\).*got '12E\+15'\. A spreadsheet took the id for a num"),
         ("0x0000000a,1,1,,2,", r"column 1 \(ad\).*got '0x0000000a'\. Leave 0x away"),
         ("305419896,1,1,,2,", r"got '305419896'\. If it is a number in decimal.* write 12345678"),
-        ("0000000a,NULL,1,,2,", r"column 2 \(age\).*'NULL'\. Leave it empty where a value is mis"),
+        ("0000000a,NULL,1,,2,", r"column 2 \(age\).*'NULL'\. Leave it empty where a value"),
         (
             "0000000a,1,1,,2",
             r"line 2, column 6 \(note\): expected 6 cells separated by commas, got 5",
