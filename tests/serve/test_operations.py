@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,8 +18,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
+from dlrm.config import ServeConfig
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.prediction import load
 from dlrm.serve.model import ServedModel
+from dlrm.serve.supervisor import _folder, serve
 
 INFER = "/v2/models/dlrm/infer"
 ROWS = slice(0, 3)
@@ -216,6 +220,8 @@ def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path)
         workers = [int(each) for each in re.findall(r"process (\d+) is started", server.log())]
         supervisors = {Path(f"/proc/{each}/stat").read_text().split()[3] for each in workers}
         (supervisor,) = supervisors
+        held = folder_of(workers[0])
+        left_alone(held)
         os.kill(int(supervisor), signal.SIGKILL)
         end = time.monotonic() + 20
         while any(map(runs, workers)):
@@ -224,6 +230,52 @@ def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path)
         host, port = server.http.split(":")
         with pytest.raises(ConnectionRefusedError):
             http.client.HTTPConnection(host, int(port), timeout=5).connect()
+    # Nobody is left who could remove it but the next server.
+    assert held.exists()
+    os.utime(held, (0, 0))
+    with _folder():
+        assert not held.exists()
+
+
+def folder_of(worker: int) -> Path:
+    """The temporary folder of a server."""
+    mapped = Path(f"/proc/{worker}/maps").read_text()
+    return Path(re.findall(r"(/\S*/dlrm-serve-[^/]*)/", mapped)[0])
+
+
+def left_alone(folder: Path) -> None:
+    """Check that a server that starts does not remove the folder of one that runs."""
+    os.utime(folder, (0, 0))
+    with _folder() as own:
+        assert folder.exists()
+        assert own != folder
+
+
+def test_a_folder_that_may_not_be_locked_yet_and_what_is_no_folder_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    stays = [tmp_path / f"dlrm-serve-{name}" for name in ("young", "link", "file")]
+    stays[0].mkdir()
+    stays[1].symlink_to(tmp_path / "elsewhere")
+    stays[2].touch()
+    for path in stays[1:]:
+        os.utime(path, (0, 0), follow_symlinks=False)
+    with _folder() as own:
+        assert {*stays, own} == set(tmp_path.glob("dlrm-serve-*"))
+    assert not own.exists()
+
+
+def test_a_server_that_does_not_start_leaves_nothing_open(
+    server: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    taken = int(server.grpc.split(":")[1])
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(EnvironmentFaultError, match="cannot listen"):
+        serve(run, ServeConfig(port=0, grpc_port=taken))
+    assert (os.listdir("/proc/self/fd"), os.listdir(tmp_path)) == (before, [])
 
 
 def test_connections_are_limited(start_server: Any, run: Path) -> None:
@@ -258,9 +310,6 @@ def test_connections_are_limited(start_server: Any, run: Path) -> None:
     ],
 )
 def test_options_that_mean_nothing_are_refused(field: str, value: Any, message: str) -> None:
-    from dlrm.config import ServeConfig
-    from dlrm.errors import UserError
-
     with pytest.raises(UserError, match=message):
         ServeConfig(**{field: value})
 
