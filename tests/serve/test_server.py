@@ -1,7 +1,6 @@
 """A server as its clients see it: one that others wrote, and hostile ones."""
 
 import gzip
-import http.client
 import json
 import re
 import socket
@@ -19,6 +18,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+from asking import INFER, ask, wait_for
 from dlrm.serve.messages import MESSAGES
 from dlrm.version import __version__
 
@@ -42,25 +42,12 @@ def both(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return request.getfixturevalue(f"over_{request.param}"), module
 
 
-def ask(server: Any, method: str, path: str, body: bytes = b"", **headers: str) -> Any:
-    """Status, headers and content of an answer."""
-    host, port = server.http.split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(method, path, body, names)
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, answer.headers, content
-
-
 def refusal(server: Any, body: bytes, status: int = 400, **headers: str) -> str:
     found, _, content = ask(server, "POST", "/v2/models/dlrm/infer", body, **headers)
     assert found == status, content
     return str(json.loads(content)["error"])
 
 
-INFER = "/v2/models/dlrm/infer"
 UNKNOWN = 0x12345678  # which no feature has
 
 
@@ -362,8 +349,7 @@ def test_packed_messages_are_limited_unpacked(server: Any) -> None:
 
 
 def connect(server: Any) -> socket.socket:
-    host, port = server.http.split(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((server.host, server.port), timeout=10)
 
 
 def test_hostile_connections_are_ended_and_others_are_served(server: Any, client: Any) -> None:
@@ -439,10 +425,10 @@ def test_metrics_count_what_was_done(server: Any, client: Any) -> None:
 
 def test_requests_are_logged_as_json_without_traces(server: Any) -> None:
     ask(server, "POST", INFER, b"?")
-    server.wait_for('"code":"400"')
-    lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
+    wait_for(server, '"code":"400"')
+    lines = [json.loads(line) for line in server.said().splitlines() if line.startswith("{")]
     line = [each for each in lines if each["code"] == "400"][-1]
     assert (line["protocol"], line["method"], line["client"]) == ("http", "infer", "127.0.0.1")
     assert 0 < line["milliseconds"] < 10_000
     assert abs(line["time"] - time.time()) < 600
-    assert "Traceback" not in server.log()
+    assert "Traceback" not in server.said()

@@ -85,7 +85,7 @@ class ServedModel:
         """
         predictor = load(path, verified=verified)
         version = _version(path)
-        card = read_card(path, predictor, name, version)
+        card = read_card(path, predictor, name, version, most_rows)
         return ServedModel(predictor, name, version, most_rows, card)
 
     def refuse_other(self, name: str, version: str) -> None:
