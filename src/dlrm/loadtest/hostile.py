@@ -373,6 +373,27 @@ class HostileLoad:
         )[choice]
         await self._refused("no HTTP", data, may_close=True)
 
+    async def broken_body(self) -> None:
+        """A body that is packed or sent otherwise than its headers tell, or than anybody offers."""
+        body = self._body()
+        packed = gzip.compress(body, 1)
+        cut = packed[: self._below(len(packed))]
+        encoded = "Content-Encoding: gzip"
+        chunked = self._lines("Transfer-Encoding: chunked") + b"%x\r\n%b\r\n" % (len(body), body)
+        data = (
+            self._post(cut, encoded),
+            self._post(packed + b"?", encoded),
+            self._post(body, encoded),
+            self._post(packed, f"{encoded}, gzip"),
+            self._post(packed, "Content-Encoding: br"),
+            self._post(body, "Expect: the unexpected"),
+            chunked + b"no number\r\n",
+            chunked.replace(b"chunked", b"gzip, chunked", 1) + b"0\r\n\r\n",
+            self._lines("Transfer-Encoding: chunked", f"Content-Length: {len(body)}") + body,
+            self._lines(f"Content-Length: {len(body)}", "Content-Length: 3") + body,
+        )[self._below(10)]
+        await self._refused("broken body", data)
+
     # Hostile ones over gRPC.
 
     async def bad_grpc(self) -> None:
@@ -533,6 +554,7 @@ _KINDS: dict[str, tuple[_Kind, float]] = {
     "wrong tensors": (HostileLoad.wrong_tensors, 16),
     "truncated binary": (HostileLoad.truncated_binary, 12),
     "huge body": (HostileLoad.huge_body, 1),
+    "broken body": (HostileLoad.broken_body, 8),
     "slow client": (HostileLoad.slow_client, 1),
     "dropped connection": (HostileLoad.dropped_connection, 8),
     "no HTTP": (HostileLoad.no_http, 5),
