@@ -65,19 +65,22 @@ class Card:
     headline: str
     dlrm_version: str
     takes_raw_rows: bool
+    most_rows: int
+    """Of a request."""
     features: Sequence[CardFeature]
     examples: Sequence[CardExample]
     facts: Sequence[tuple[str, str]]
     metrics: CardTable
 
 
-def read_card(predictor: Predictor, name: str, version: str) -> Card:
+def read_card(predictor: Predictor, name: str, version: str, most_rows: int) -> Card:
     """Read the card of what is served.
 
     Args:
         predictor: What was loaded.
         name: What clients call it.
         version: Its version.
+        most_rows: Of a request.
 
     Raises:
         UserError: A file of it is damaged.
@@ -127,6 +130,7 @@ def read_card(predictor: Predictor, name: str, version: str) -> Card:
         headline=headline,
         dlrm_version=__version__,
         takes_raw_rows=schema.takes_raw_rows,
+        most_rows=most_rows,
         features=[
             *(CardFeature(each.name, "dense") for each in schema.dense),
             *(CardFeature(each.name, "sparse") for each in schema.sparse),

@@ -86,7 +86,7 @@ class ServedModel:
         """
         predictor = load(path, verified=verified)
         version = _version(predictor.opened)
-        card = read_card(predictor, name, version)
+        card = read_card(predictor, name, version, most_rows)
         return ServedModel(predictor, name, version, most_rows, card)
 
     def refuse_other(self, name: str, version: str) -> None:
