@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from dlrm.loadtest.server import Server
+    from dlrm.loadtest.server import OwnServer
+
+    StartServer = Callable[..., AbstractContextManager[OwnServer]]
 
 # Before anything imports torch: the reference's golden figures were computed with MKL's AVX2 code.
 # That for AVX-512 rounds otherwise, and Adagrad makes whole steps of gradients that are nothing but
@@ -101,11 +104,22 @@ def small_bundle(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def served(small_bundle: Path) -> Iterator[Server]:
-    """A server of ``small_bundle`` in a process of its own."""
+def start_server(quick_dlrm: dict[str, str]) -> StartServer:
+    """A function that starts ``dlrm serve MODEL OPTIONS…`` on free ports, for a with statement."""
     from dlrm.loadtest.server import own_server
 
-    with own_server(small_bundle, options="--drain-seconds 0") as server:
+    def start(model: Path, *options: str) -> AbstractContextManager[OwnServer]:
+        # Those that are given come later, and so count.
+        words = shlex.join(["--drain-seconds", "0", *options])
+        return own_server(model, options=words, program=("dlrm",), environment=quick_dlrm)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def served(start_server: StartServer, small_bundle: Path) -> Iterator[OwnServer]:
+    """A server of ``small_bundle``, which takes fewer rows than the page asks for at a time."""
+    with start_server(small_bundle, "--max-request-rows", "30") as server:
         yield server
 
 

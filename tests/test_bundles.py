@@ -26,6 +26,7 @@ from dlrm.errors import UserError
 from dlrm.files import safetensors_places, sha256
 from dlrm.model import score
 from dlrm.runs import Run
+from dlrm.serve.model import ServedModel
 from hostile_headers import HEADERS, HUGE
 
 MODEL = ModelConfig(
@@ -129,6 +130,13 @@ def test_processes_share_the_tables(original: Path) -> None:
     assert offset % (1 << 16) == 0
 
 
+def test_no_file_of_it_is_a_file_of_its_run(run: Path, original: Path) -> None:
+    """So that what changes a RUN or a DATASET does not change what is served."""
+    assert {path.stat().st_nlink for path in original.rglob("*") if path.is_file()} == {1}
+    for name in ("vocabulary/cat_3.arrow", "schema.json"):
+        assert (original / name).read_bytes() == (run / name).read_bytes()
+
+
 def test_it_can_be_moved_and_needs_nothing_else(bundle: Path) -> None:
     code = (
         "import dlrm, json, sys; p = dlrm.load(sys.argv[1]); "
@@ -150,10 +158,35 @@ def test_a_flipped_byte_of_any_file_is_refused_by_its_name(bundle: Path) -> None
             flipped = bytearray(content)
             flipped[place] ^= 1 << int(random.integers(8))
             path.write_bytes(flipped)
-            with pytest.raises(UserError, match=rf"{path.name}\b"):
+            with pytest.raises(UserError, match=rf"{path.name}\b.*(export|dlrm that wrote it)"):
                 dlrm.load(bundle)
         path.write_bytes(content)
     dlrm.load(bundle)
+
+
+def test_a_file_of_another_length_is_refused_by_its_name(bundle: Path) -> None:
+    for path in [path for path in bundle.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        for other in (content[:-1], content + b"\n", b""):
+            path.write_bytes(other)
+            with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+                dlrm.load(bundle)
+        path.write_bytes(content)
+    dlrm.load(bundle)
+
+
+def test_a_link_is_refused_by_its_name(bundle: Path, tmp_path: Path) -> None:
+    """Of the content that is expected, even."""
+    for name in ("vocabulary/cat_3.arrow", "vocabulary", "examples.json", "bundle.json"):
+        (bundle / name).rename(tmp_path / "elsewhere")
+        (bundle / name).symlink_to(tmp_path / "elsewhere")
+        for verified in (False, True):
+            with pytest.raises(UserError, match=rf"/{name} is a symbolic link to .*/elsewhere"):
+                dlrm.load(bundle, verified=verified)
+        (bundle / name).unlink()
+        (tmp_path / "elsewhere").rename(bundle / name)
+    (tmp_path / "current").symlink_to(bundle)
+    dlrm.load(tmp_path / "current")
 
 
 def test_a_missing_or_surplus_file_is_refused_by_its_name(bundle: Path) -> None:
@@ -164,14 +197,27 @@ def test_a_missing_or_surplus_file_is_refused_by_its_name(bundle: Path) -> None:
             with pytest.raises(UserError, match=rf"{name} is missing"):
                 dlrm.load(bundle, verified=verified)
         (bundle / name).write_bytes(content)
-    for name in ("vocabulary/more.arrow", ".hidden", "folder/file"):
-        (bundle / name).parent.mkdir(exist_ok=True)
-        (bundle / name).write_text("")
+    for name in ("vocabulary/more.arrow", ".hidden", "folder", "vocabulary/folder"):
+        if "folder" in name:
+            (bundle / name).mkdir()
+        else:
+            (bundle / name).write_text("")
         for verified in (False, True):
-            with pytest.raises(UserError, match=rf"{name} does not belong to the bundle"):
+            with pytest.raises(UserError, match=rf"/{name} does not belong to the bundle"):
                 dlrm.load(bundle, verified=verified)
-        (bundle / name).unlink()
+        (bundle / name).rmdir() if "folder" in name else (bundle / name).unlink()
     dlrm.load(bundle)
+
+
+def test_a_vocabulary_that_only_its_checksum_fits(bundle: Path) -> None:
+    """As after a stranger's change, or where checksums were compared before it was damaged."""
+    path = bundle / "vocabulary" / "cat_3.arrow"
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], content.replace(b"value", b"vague")):
+        path.write_bytes(damaged)
+        relisted(bundle, "vocabulary/cat_3.arrow")
+        with pytest.raises(UserError, match=r"cat_3\.arrow .* copy or export the bundle again"):
+            dlrm.load(bundle)
 
 
 def test_what_was_verified_already_is_not_read_again(
@@ -185,6 +231,23 @@ def test_what_was_verified_already_is_not_read_again(
     dlrm.load(bundle, verified=True)
     with pytest.raises(AssertionError):
         dlrm.load(bundle)
+
+
+def test_a_server_opens_it_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For model, version and card, which so are of the same bundle, even if it is replaced."""
+    opened: list[Path] = []
+    open_bundle = Bundle.open
+
+    def note(path: Path, **options: Any) -> Bundle:
+        opened.append(path)
+        return open_bundle(path, **options)
+
+    monkeypatch.setattr(Bundle, "open", note)
+    model = ServedModel.load(bundle, "m", 10)
+    assert opened == [bundle]
+    assert json.loads((bundle / "bundle.json").read_text())["sha256"].startswith(model.version)
+    assert len(model.version) == 12
+    assert len(model.card.examples) == 8
 
 
 def test_other_versions_are_refused(bundle: Path) -> None:
@@ -203,6 +266,13 @@ def resealed(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((bundle / "bundle.json").read_text())
     change(content)
     write_info(bundle, msgspec.convert(content, BundleInfo))
+
+
+def relisted(bundle: Path, name: str) -> None:
+    """List a file as it is now."""
+    path = bundle / name
+    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    resealed(bundle, lambda content: content["files"].update({name: file}))
 
 
 @pytest.mark.parametrize(
@@ -244,8 +314,7 @@ def test_headers_that_claim_what_cannot_be(bundle: Path, header: dict[str, Any])
     encoded = json.dumps(header).encode()
     path = bundle / "model.safetensors"
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(24))
-    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    resealed(bundle, lambda content: content["files"].update({path.name: file}))
+    relisted(bundle, path.name)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         dlrm.load(bundle)
 
@@ -255,8 +324,7 @@ def test_tables_that_do_not_lie_one_after_another(bundle: Path) -> None:
     path = bundle / "model.safetensors"
     weights = load_file(path)
     save_file({name: weights[name].clone() for name in sorted(weights, reverse=True)}, path)
-    file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    resealed(bundle, lambda content: content["files"].update({path.name: file}))
+    relisted(bundle, path.name)
     with pytest.raises(UserError, match=r"the tables from .* on do not lie one after another"):
         dlrm.load(bundle)
 

@@ -69,6 +69,10 @@ def test_all_stages_by_hand_and_in_one_go_agree(
     everything = run_process("run", raw_rows, tmp_path / "all", *SMALL)
     assert everything.returncode == 0, everything.stderr
     assert "plan: train.txt, " in everything.stderr
+    told, words = json.loads(everything.stdout), everything.stderr.splitlines()[-1]
+    assert told["metrics"]["test"]["auc"] == result["metrics"]["test"]["auc"]
+    assert all(Path(told[name]).exists() for name in ("run", "dataset", "report", "submission"))
+    assert words.endswith(f"Next: dlrm export {tmp_path / 'all'} BUNDLE, then dlrm serve BUNDLE")
     checkpoint = "checkpoints/best.safetensors"
     assert (tmp_path / "all" / checkpoint).read_bytes() == (
         tmp_path / "run" / checkpoint

@@ -6,7 +6,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tyro
@@ -59,9 +61,21 @@ def test_the_container_starts_a_server_on_the_ports_it_names(containerfile: str)
     assert f":{options.port}/v2/health/ready" in containerfile
 
 
+def test_the_container_takes_no_torch_for_cuda(
+    containerfile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (check,) = re.findall(r"python -c '(import sys, torch.*?)'", containerfile, re.DOTALL)
+    for cuda, told in ((None, "None"), ("13.0", "torch 2.13.0 is built for CUDA. ")):
+        torch = SimpleNamespace(version=SimpleNamespace(cuda=cuda), __version__="2.13.0")
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        with pytest.raises(SystemExit) as ended:
+            exec(check, {})
+        assert str(ended.value.code).startswith(told)
+
+
 def test_the_container_is_made_of_what_is_there(containerfile: str, repository: Path) -> None:
     copied = re.findall("^COPY (?!--from)(.*) \\S+$", containerfile, re.MULTILINE)
     assert copied == ["requirements.txt", "."]
-    for name in re.findall(r"-[rc] (\S+)", containerfile):
+    for name in re.findall(r"-[rc] (\S+\.txt)", containerfile):
         assert (repository / name).is_file()
     assert re.search(r"^serve = ", (repository / "pyproject.toml").read_text(), re.MULTILINE)

@@ -65,8 +65,13 @@ BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 EXECUTED = [page for page in PAGES if page.name != "README.zh-CN.md"]
 
 
-def scratch(clone: Path) -> Path:
-    """Make the folder that the pages' commands are meant for, in what stands for a clone."""
+def scratch(page: Path, clone: Path) -> Path:
+    """Make the folder that a page's commands are meant for, in what stands for a clone.
+
+    A README's are in that clone's output/tour; those of docs/ take nothing of the clone.
+    """
+    if page.parent != REPOSITORY:
+        return clone
     (clone / "configs").symlink_to(REPOSITORY / "configs")
     folder = clone / "output" / "tour"
     folder.mkdir(parents=True)
@@ -105,7 +110,7 @@ def run_blocks(page: Path, folder: Path, environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_blocks_run(page: Path, quick_dlrm: dict[str, str], tmp_path: Path) -> None:
-    run_blocks(page, scratch(tmp_path), quick_dlrm)
+    run_blocks(page, scratch(page, tmp_path), quick_dlrm)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_blocks_run(page: Path, quick_dlrm: dict[str, str], tmp_path: Path) -> N
 def test_blocks_that_cannot_run_parse(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(scratch(tmp_path))
+    monkeypatch.chdir(scratch(block.page, tmp_path))
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
     for words in commands(block):
         if words[0] == "dlrm":

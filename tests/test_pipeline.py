@@ -32,7 +32,8 @@ def test_the_plan_comes_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     run = tmp_path / "run"
     with caplog.at_level(logging.INFO, "dlrm"):
-        result = run_all(raw_rows, run, PrepareConfig(), TINY)
+        made = run_all(raw_rows, run, PrepareConfig(), TINY)
+    result = made.result
     assert caplog.messages[:4] == [
         f"  1. prepare {run}/dataset",
         f"  2. train and evaluate in {run}",
@@ -46,7 +47,8 @@ def test_the_plan_comes_first(
     assert int(rows.replace(",", "")) == pytest.approx(3000, rel=0.02)
     assert caplog.messages[-2:] == [
         f"predicted 300 rows into {run}/submission.csv",
-        f"described the run in {run}/report.html; with the importance of features: dlrm report RUN",
+        f"described the run in {run}/report.html; with the importance of features: dlrm report "
+        f"{run}",
     ]
     assert "training on 2572 rows: 1 epoch of 11 steps of 256 rows" in caplog.text
     if result.kernels == "native":
@@ -54,6 +56,24 @@ def test_the_plan_comes_first(
     assert "<title>run: DLRM</title>" in (run / "report.html").read_text()
     assert result.metrics["test"].samples == 214
     assert len((run / "submission.csv").read_text().splitlines()) == 301
+    told = made.told()
+    assert told.pop("metrics")["test"] == {
+        name: getattr(result.metrics["test"], name)
+        for name in ("auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples")
+    }
+    assert told == {
+        "run": str(run),
+        "dataset": str(run / "dataset"),
+        "report": str(run / "report.html"),
+        "submission": str(run / "submission.csv"),
+        "result": str(run / "result.json"),
+        "epochs": result.epochs,
+        "train_samples": 512,
+        "samples_per_second": result.samples_per_second,
+    }
+    words = made.in_words()
+    assert f"test AUC {result.metrics['test'].auc:.4f}; " in words
+    assert words.endswith(f"Next: dlrm export {run} BUNDLE, then dlrm serve BUNDLE")
 
 
 def test_an_empty_test_is_not_predicted(
@@ -63,7 +83,10 @@ def test_an_empty_test_is_not_predicted(
     (tmp_path / "test.txt").touch()
     run = tmp_path / "run"
     with caplog.at_level(logging.INFO, "dlrm"):
-        assert run_all(tmp_path, run, PrepareConfig(), TINY).train_steps == 2
+        made = run_all(tmp_path, run, PrepareConfig(), TINY)
+    assert made.result.train_steps == 2
+    assert made.submission is None
+    assert "submission" not in made.told()
     assert caplog.messages[2] == f"  3. describe it in {run}/report.html"
     assert not (run / "submission.csv").exists()
 
@@ -103,7 +126,9 @@ def test_a_bundle_is_made_once(
     # Tracing a program takes seconds.
     monkeypatch.setattr(exporting, "export", functools.partial(exporting.export, format="onnx"))
     with caplog.at_level(logging.INFO, "dlrm"):
-        run_all(raw_rows, run, PrepareConfig(), TINY, bundle=bundle)
+        made = run_all(raw_rows, run, PrepareConfig(), TINY, bundle=bundle)
+    assert made.told()["bundle"] == str(bundle)
+    assert made.in_words().endswith(f"Next: dlrm serve {bundle}")
     assert caplog.messages[4] == f"  5. export into {bundle}"
     assert caplog.messages[-1].startswith(f"exported into {bundle}; probabilities of 214 rows")
     table = {f"int_{i}": [1] for i in range(13)} | {f"cat_{i}": ["00000000"] for i in range(26)}

@@ -19,6 +19,9 @@ import traceback
 def serve(path: str) -> None:
     for name in ("data.synthetic", "pipeline", "reference.runner", "serve.supervisor"):
         importlib.import_module(f"dlrm.{name}")
+    # And what is imported when it is first needed; pyarrow imports pandas where it is there.
+    for name in ("docstring_parser", "pandas", "pyarrow.pandas_compat", "tyro"):
+        importlib.import_module(name)
     from dlrm.cli import main
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -32,7 +32,7 @@ from dlrm.data.synthetic import cardinalities
 from dlrm.device import open_device, synchronize
 from dlrm.model.dlrm import DLRM
 from dlrm.progress import progress
-from dlrm.runs import Run, hardware, versions
+from dlrm.runs import Run, hardware, measured_on, versions
 from dlrm.schema import FeatureSchema
 from dlrm.training.events import Events
 from dlrm.training.profiling import StepProfiler
@@ -174,8 +174,7 @@ class BenchTrainResult:
             f"{config.amp}, tables {self.table_bytes / 1e9:.2f} GB in {config.embedding_dtype}, "
             f"ids {'scattered' if config.scattered else 'numbered as prepared'}",
             f"{self.kernels} kernels: {self.kernels_reason}",
-            ", ".join(f"{name} {value}" for name, value in self.hardware.items())
-            + f", torch {self.versions['torch']}",
+            measured_on(self.hardware, self.versions),
             "",
             f"{'':24}{'samples/s':>12}{'of the floor':>14}",
             f"{'floor':24}{self.floor_samples_per_second:12,.0f}{1:14.3f}",

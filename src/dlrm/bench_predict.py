@@ -21,7 +21,7 @@ from dlrm.predicting.files import Prediction, in_threads
 from dlrm.predicting.inputs import Input, open_input
 from dlrm.prediction import load
 from dlrm.progress import progress
-from dlrm.runs import hardware, versions
+from dlrm.runs import hardware, measured_on, versions
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class BenchPredictResult:
         lines = [
             f"{self.rows:,} rows of {self.input} ({self.input_format}), "
             f"{self.config.rounds} rounds",
-            f"{self.hardware.get('processor', self.hardware['machine'])}, "
-            f"{self.hardware['cores']} cores; torch {self.versions['torch']}",
+            measured_on(self.hardware, self.versions),
             "",
             f"{'':32}{'rows/s':>12}",
             f"{'parsing and encoding alone':32}{self.prepared_per_second:12,.0f}",
@@ -112,7 +111,7 @@ def bench_predict(model: Path, source: Path, config: BenchPredictConfig) -> Benc
             raise UserError(f"{source} has no rows. Name a file of raw rows.")
 
         def predict() -> None:
-            Prediction(predictor, first, "csv", None).into_file(output)
+            Prediction(predictor, first, "csv", None).into_file(output, overwrite=True)
 
         def prepare() -> None:
             deque(in_threads(first.blocks(), encode), maxlen=0)

@@ -1,7 +1,8 @@
 """The BUNDLE folder: a trained model with all that scoring raw rows takes, for anybody.
 
-It is a stranger's as likely as not: nothing in it is run, nothing outside it is read, and all of it
-is compared with the checksums in ``bundle.json`` before anything is loaded.
+It is a stranger's as likely as not: nothing in it is run, nothing outside it is read (a symbolic
+link in it is refused), and all of it is compared with the checksums in ``bundle.json`` before
+anything is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import safetensors
 import torch
@@ -35,6 +36,8 @@ from dlrm.model.embedding import Arena
 from dlrm.model.quantized_tables import QuantizedTables, row_bytes
 from dlrm.model.variants import PoolingWeights
 from dlrm.schema import FeatureSchema, read_schema
+
+T = TypeVar("T")
 
 BUNDLE = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -185,9 +188,11 @@ class Bundle:
                 say: only names and sizes are compared.
 
         Raises:
-            UserError: A file is missing, damaged, or too many, or of another version; it is named.
+            UserError: A file is missing, damaged, a link, or too many, or of another version; it is
+                named.
         """
-        info = read_json(path / BUNDLE, BundleInfo, "bundle", if_missing=_REMEDY)
+        _refuse_links(path)
+        info = _read(path / BUNDLE, BundleInfo)
         _verify(path, info, contents=not verified)
         return Bundle(path, info, read_schema(path, "bundle"))
 
@@ -197,7 +202,7 @@ class Bundle:
         Raises:
             UserError: They are missing or damaged.
         """
-        return read_json(self.path / EXAMPLES, Examples, "bundle", if_missing=_REMEDY)
+        return _read(self.path / EXAMPLES, Examples)
 
     def load_model(self, device: torch.device) -> DLRM:
         """Build the model, in evaluation mode.
@@ -225,7 +230,12 @@ class Bundle:
         return model.eval()
 
 
-_REMEDY = "Check the path, or export the RUN again."
+REMEDY = "Check the path, or copy or export the bundle again."
+"""What to do about a damaged BUNDLE."""
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    return read_json(path, kind, "bundle", if_missing=REMEDY, if_damaged=REMEDY)
 
 
 def is_bundle(path: Path) -> bool:
@@ -244,6 +254,7 @@ def stored_files(folder: Path) -> dict[str, StoredFile]:
     return {
         name: StoredFile((folder / name).stat().st_size, sha256(folder / name))
         for name in sorted(_names(folder))
+        if (folder / name).is_file()
     }
 
 
@@ -293,7 +304,7 @@ def _map_weights(path: Path, model: DLRM) -> None:
     with safetensors.safe_open(path, framework="pt") as file:
         if difference := first_difference(file, expected):
             raise UserError(
-                f"{path} does not belong to {path.with_name(BUNDLE)}: {difference}. {_REMEDY}"
+                f"{path} does not belong to {path.with_name(BUNDLE)}: {difference}. {REMEDY}"
             )
         for name, parameter in list(model.named_parameters()):
             if name in expected and parameter.is_meta:
@@ -336,15 +347,16 @@ def _verify(path: Path, info: BundleInfo, *, contents: bool) -> None:
     for name in ("schema.json", WEIGHTS, EXAMPLES):
         if name not in info.files:
             raise _damaged(path / BUNDLE, f"it does not name {name}")
-    if surplus := sorted(_names(path) - info.files.keys() - {BUNDLE}):
+    known = {BUNDLE, *info.files, *(str(Path(name).parent) for name in info.files)}
+    if surplus := sorted(_names(path) - known):
         raise UserError(
             f"{path / surplus[0]} does not belong to the bundle: {BUNDLE} does not name it. Remove "
-            "it, or export the RUN again."
+            "it, or copy or export the bundle again."
         )
     for name, expected in info.files.items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file} is missing. {_REMEDY}")
+            raise UserError(f"{file} is missing. {REMEDY}")
         if (size := file.stat().st_size) != expected.bytes:
             raise _damaged(file, f"it has {size} bytes, expected {expected.bytes}")
         if contents and (digest := sha256(file)) != expected.sha256:
@@ -352,7 +364,7 @@ def _verify(path: Path, info: BundleInfo, *, contents: bool) -> None:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged: {what}. {_REMEDY}")
+    return UserError(f"{path} is damaged: {what}. {REMEDY}")
 
 
 def _is_place(name: str) -> bool:
@@ -360,10 +372,21 @@ def _is_place(name: str) -> bool:
     return is_plain_name(file) and folder in ("", "vocabulary") and bool(slash) == bool(folder)
 
 
+def _refuse_links(path: Path) -> None:
+    """Refuse what would lead out of a folder; it itself may have been reached by a link."""
+    for name in sorted(_names(path)):
+        if (path / name).is_symlink():
+            raise UserError(
+                f"{path / name} is a symbolic link to {os.readlink(path / name)}, and of a bundle "
+                "nothing outside it is read. Put in its place what it leads to: "
+                "cp -rL copies a folder so."
+            )
+
+
 def _names(folder: Path) -> set[str]:
-    """Return the paths within a folder of all that is no folder in it; a link to one is none."""
-    found = set()
-    for here, folders, names in os.walk(folder):
-        names += [name for name in folders if Path(here, name).is_symlink()]
-        found |= {str(Path(here, name).relative_to(folder)) for name in names}
-    return found
+    """Return the paths within a folder of all that is in it, folders too."""
+    return {
+        str(Path(here, name).relative_to(folder))
+        for here, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    }

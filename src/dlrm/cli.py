@@ -26,6 +26,7 @@ from dlrm.config import (
     Amp,
     BaselineConfig,
     BenchPredictConfig,
+    BenchPrepareConfig,
     BenchServeConfig,
     BenchTrainConfig,
     ConvertConfig,
@@ -336,13 +337,16 @@ class Run:
     """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
-        """Run all stages and print the result."""
+        """Run all stages, print what was made and, where a person reads, what comes next."""
         from dlrm.pipeline import run_all
 
         prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
-        _print_json(
-            run_all(self.source, self.run, prepare_config, self.options, self.dataset, self.export)
+        made = run_all(
+            self.source, self.run, prepare_config, self.options, self.dataset, self.export
         )
+        _print_json(made.told())
+        sys.stdout.flush()
+        logger.info("%s", made.in_words())
 
 
 @dataclass(frozen=True)
@@ -499,7 +503,8 @@ class Predict:
     first_id: int | None = None
     """Id of the first row; by default 60000000 for Criteo rows without a label, else 0."""
     overwrite: bool = False
-    """Replace OUTPUT if it is there already."""
+    """Replace OUTPUT if it is there already, and begin anew if another prediction of it was
+    interrupted."""
     checkpoint: Literal["best", "newest"] = "best"
     """The best on validation, or the newest."""
     device: DeviceKind = "cpu"
@@ -714,6 +719,32 @@ class BenchTrain:
 
 
 @dataclass(frozen=True)
+class BenchPrepare:
+    """Measure preparation of made-up rows, its memory and disk, beside what the machine can do.
+
+    Beside it, in turn: polars.read_csv of the same file, which neither checks rows nor writes
+    anything, where polars is installed (pip install polars); and the rate at which the disk takes a
+    gigabyte. All in a folder for temporary files.
+    """
+
+    options: Annotated[BenchPrepareConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=BenchPrepareConfig
+    )
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self) -> None:
+        """Measure and print."""
+        from dlrm.bench_prepare import bench_prepare
+
+        result = bench_prepare(self.options)
+        if self.json:
+            _print_json(result)
+        else:
+            sys.stdout.write(result.table())
+
+
+@dataclass(frozen=True)
 class BenchServe:
     """Measure how long a server's answers take over the load that is offered to it.
 
@@ -866,7 +897,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
     "serve": (Serve, "serve a model over HTTP and gRPC"),
     "report": (Report, "write one HTML page about a run"),
     "visualize": (Visualize, "write one HTML page of pictures of a run's embeddings"),
-    "bench": (BenchTrain, "measure training, prediction or a server: `dlrm bench train`"),
+    "bench": (BenchTrain, "measure a stage or a server: `dlrm bench train`"),
     "convert": (Convert, "the reference's .pt to a RUN, and back"),
     "reference": (Reference, "take dlrm_s_pytorch.py's flags, verbatim"),
 }
@@ -874,6 +905,7 @@ _VERBS: dict[str, tuple[type[Any], str]] = {
 
 _BENCHES: dict[str, tuple[type[Any], str]] = {
     "train": (BenchTrain, "training beside its matrix multiplications"),
+    "prepare": (BenchPrepare, "preparation beside polars and the disk"),
     "predict": (BenchPredict, "prediction beside preparation and scoring alone"),
     "serve": (BenchServe, "a server's latency over the load offered to it"),
 }

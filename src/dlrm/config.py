@@ -743,6 +743,28 @@ class BenchTrainConfig:
 
 
 @dataclass(frozen=True)
+class BenchPrepareConfig:
+    """What ``dlrm bench prepare`` measures."""
+
+    rows: int = 1_000_000
+    """Made-up rows, of 240 bytes."""
+    scale: float = 1.0
+    """Cardinality of their sparse features, as for `dlrm synthesize`: 1 is Kaggle's."""
+    memory: str = "2GiB"
+    """The most memory to use, as for `dlrm prepare`."""
+    rounds: int = 3
+    """How often preparation and its ceilings are measured in turn; the medians are the result."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """How rows become a DATASET."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _require_types(self)
+        SynthesizeConfig(rows=self.rows, scale=self.scale)
+        require(self.rounds >= 1, f"--rounds must be at least 1; got {self.rounds}")
+
+
+@dataclass(frozen=True)
 class BenchPredictConfig:
     """What ``dlrm bench predict`` measures."""
 

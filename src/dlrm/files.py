@@ -234,11 +234,16 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with atomic_write(target) as copy, open(source, "rb") as file:
-                shutil.copyfileobj(file, copy)
+            copy_file(source, target)
         else:
             os.replace(temporary, target)
             flush_folder(target.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content, replacing what has that name; the copy appears complete."""
+    with atomic_write(target) as copy, open(source, "rb") as file:
+        shutil.copyfileobj(file, copy)
 
 
 def write_safetensors(
@@ -369,7 +374,9 @@ def json_bytes(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
-def read_json(path: Path, kind: type[T], what: str, *, if_missing: str = "") -> T:
+def read_json(
+    path: Path, kind: type[T], what: str, *, if_missing: str = "", if_damaged: str = ""
+) -> T:
     """Read a JSON file written by us and check its type and format version.
 
     Args:
@@ -377,6 +384,7 @@ def read_json(path: Path, kind: type[T], what: str, *, if_missing: str = "") -> 
         kind: A dataclass with a ``format_version`` field whose default is the version we write.
         what: What the file is, for messages ("dataset", "run").
         if_missing: What to do where it is missing, if that is more than to make it again.
+        if_damaged: Likewise where it is damaged.
 
     Raises:
         UserError: The file is missing, damaged, or of a version we cannot read.
@@ -393,7 +401,8 @@ def read_json(path: Path, kind: type[T], what: str, *, if_missing: str = "") -> 
         return msgspec.json.decode(content, type=kind)
     except msgspec.MsgspecError as error:
         raise UserError(
-            f"{path} is damaged or was not written by dlrm: {error}. Make the {what} again."
+            f"{path} is damaged or was not written by dlrm: {error}. "
+            + (if_damaged or f"Make the {what} again.")
         ) from error
 
 

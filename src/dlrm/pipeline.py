@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dlrm.bundle.export import export_once, refuse_taken_bundle
 from dlrm.config import PrepareConfig, TrainConfig
@@ -19,6 +22,52 @@ from dlrm.training.events import Console
 logger = logging.getLogger("dlrm")
 
 
+@dataclass(frozen=True)
+class PipelineResult:
+    """What was made, where, and what it came to."""
+
+    run: Path
+    dataset: Path
+    report: Path
+    submission: Path | None
+    """None: there was nothing to predict."""
+    bundle: Path | None
+    """None: none was asked for."""
+    result: RunResult
+
+    def told(self) -> dict[str, Any]:
+        """Return it in some 30 lines of JSON; all metrics are in ``RUN/result.json``."""
+        places = ("run", "dataset", "report", "submission", "bundle")
+        return {
+            **{name: str(place) for name in places if (place := getattr(self, name))},
+            "result": str(self.run / "result.json"),
+            "epochs": self.result.epochs,
+            "train_samples": self.result.train_samples,
+            "samples_per_second": self.result.samples_per_second,
+            "metrics": {
+                split: {name: getattr(metrics, name) for name in _TOLD}
+                for split, metrics in self.result.metrics.items()
+            },
+        }
+
+    def in_words(self) -> str:
+        """Return what a person looks for first, and what comes next."""
+        aucs = [f"{split} AUC {each.auc:.4f}" for split, each in self.result.metrics.items()]
+        serve = f"dlrm serve {_quoted(self.bundle or 'BUNDLE')}"
+        export = f"dlrm export {_quoted(self.run)} BUNDLE"
+        return (
+            f"{', '.join(aucs)}; {self.result.samples_per_second:,.0f} samples/s in training. "
+            f"Look at {self.report}. Next: {serve if self.bundle else f'{export}, then {serve}'}"
+        )
+
+
+_TOLD = ("auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples")
+
+
+def _quoted(path: Path | str) -> str:
+    return shlex.quote(str(path))
+
+
 def run_all(
     source: Path,
     run: Path,
@@ -26,7 +75,7 @@ def run_all(
     train_config: TrainConfig,
     dataset: Path | None = None,
     bundle: Path | None = None,
-) -> RunResult:
+) -> PipelineResult:
     """Prepare, train, evaluate, predict the ``test.txt`` beside ``train.txt``, report, export.
 
     Where there is no ``test.txt``, or an empty one, nothing is predicted.
@@ -72,8 +121,11 @@ def run_all(
             logger.info("predicted %d rows into %s", summary.rows, run / "submission.csv")
         report = write_report(run, importance_rows=0)
         logger.info(
-            "described the run in %s; with the importance of features: dlrm report RUN", report
+            "described the run in %s; with the importance of features: dlrm report %s",
+            *(report, _quoted(run)),
         )
         if bundle:
             export_once(run, bundle)
-    return result
+    return PipelineResult(
+        run, dataset, report, run / "submission.csv" if predicts else None, bundle, result
+    )

@@ -14,9 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from dlrm import bundles
 from dlrm.bundles import BITS, BUNDLE, WEIGHTS, Bundle, is_bundle
 from dlrm.checkpoint import checksum_of
 from dlrm.config import Amp, DeviceKind, QuantizationConfig, TrainConfig
+from dlrm.data import vocabulary
 from dlrm.data.batch import Batch, check_batch, make_batch
 from dlrm.data.table import rows_from_table
 from dlrm.data.vocabulary import Encoder
@@ -39,8 +41,9 @@ class Predictor:
         config: Of the training.
         model: In evaluation mode.
         encoder: Raw values to ids; None: they are not known.
-        path: The RUN or BUNDLE, for messages.
-        identity: What tells the weights, and how they compute, from others; empty: nothing does.
+        opened: The RUN or BUNDLE.
+        identity: What the bits of probabilities depend on, by what it is called in messages; empty:
+            nobody can tell. A BUNDLE has that of the RUN that it was exported from.
     """
 
     def __init__(
@@ -49,16 +52,19 @@ class Predictor:
         config: TrainConfig,
         model: DLRM,
         encoder: Encoder | None,
-        path: Path,
-        identity: str = "",
+        opened: Run | Bundle,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         self.schema = schema
         self.config = config
         self.model = model
         self.encoder = encoder
-        self.identity = identity
-        self._path = path
+        self.opened = opened
+        self.identity = dict(identity or {})
         self._scorer = Scorer(model, config.loss, config.amp)
+        if self.identity and not self.scores_alone:
+            # Without the kernels a row's last bits depend on the others of its batch.
+            self.identity["--evaluation-batch-size"] = str(config.evaluation_batch_size)
 
     def predict(self, table: pa.Table | Mapping[str, Any]) -> npt.NDArray[np.float32]:
         """Return the click probability of each row, (n,).
@@ -102,7 +108,7 @@ class Predictor:
         Raises:
             UserError: There are no vocabularies.
         """
-        encoder = self.encoder or Encoder.open(self._path, self.schema)  # which is refused
+        encoder = self.encoder or Encoder.open(self.opened.path, self.schema)  # which is refused
         ids, unknown = encoder.encode(values)
         return self.score_encoded(dense, ids), unknown
 
@@ -188,8 +194,8 @@ def load(
     refuse_quantization(quantization, model.device, config)
     quantize(model, quantization)
     checksum = checksum_of(run.checkpoint(checkpoint))
-    identity = identity_of(checksum, run.schema, config, quantization, device) if checksum else ""
-    return Predictor(run.schema, config, model, encoder, run.path, identity)
+    identity = _identity(checksum, run.schema, config, quantization, device)
+    return Predictor(run.schema, config, model, encoder, run, identity)
 
 
 def load_bundle(
@@ -218,22 +224,49 @@ def load_bundle(
             f"{bundle.path} has tables of {BITS[tables]} bits already, for --device cpu. Leave "
             "--quantize-emb-with-bit and --device away, or export the RUN again without --quantize."
         )
-    encoder = _encoder(bundle.path, bundle.schema, verified=True)
+    encoder = _encoder(bundle.path, bundle.schema, verified=True, remedy=bundles.REMEDY)
     model = bundle.load_model(device)
     quantize(model, quantization)
-    identity = identity_of(bundle.info.sha256, config, quantization, device.type)
-    return Predictor(bundle.schema, config, model, encoder, bundle.path, identity)
+    if tables != "none":
+        quantization = replace(quantization, quantize_emb_with_bit=BITS[tables])
+    checksum = bundle.info.trained.checkpoint_sha256
+    identity = _identity(checksum, bundle.schema, config, quantization, device.type)
+    return Predictor(bundle.schema, config, model, encoder, bundle, identity)
 
 
-def _encoder(path: Path, schema: FeatureSchema, *, verified: bool) -> Encoder | None:
-    return Encoder.open(path, schema, verified=verified) if schema.encodes_values else None
+def _encoder(
+    path: Path, schema: FeatureSchema, *, verified: bool, remedy: str = vocabulary.REMEDY
+) -> Encoder | None:
+    if not schema.encodes_values:
+        return None
+    return Encoder.open(path, schema, verified=verified, remedy=remedy)
 
 
-def identity_of(weights: str, *others: Any) -> str:
-    """Return what tells a model, and how it computes, from others.
+def _identity(
+    checksum: str,
+    schema: FeatureSchema,
+    config: TrainConfig,
+    quantization: QuantizationConfig,
+    device: str,
+) -> dict[str, str]:
+    """Return ``Predictor.identity``.
 
     Args:
-        weights: Their checksum.
-        others: Whatever else its probabilities depend on.
+        checksum: Of the checkpoint that was loaded or exported; empty: it has none.
+        schema: Of its features.
+        config: Of its training.
+        quantization: Of how many bits weights are.
+        device: Where to compute.
     """
-    return hashlib.sha256(msgspec.json.encode([weights, *others])).hexdigest()
+    if not checksum:
+        return {}
+    model = hashlib.sha256(msgspec.json.encode([config.model, config.loss])).hexdigest()
+    return {
+        "the checkpoint": checksum,
+        "the features or their vocabularies": schema.sealed().fingerprint,
+        "the model's configuration": model,
+        "--amp": config.amp,
+        "--device": device,
+        "--quantize-mlp-with-bit": str(quantization.quantize_mlp_with_bit),
+        "--quantize-emb-with-bit": str(quantization.quantize_emb_with_bit),
+    }

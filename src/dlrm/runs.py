@@ -8,6 +8,7 @@ import platform
 import resource
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -295,3 +296,9 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     if device.type != "cpu":
         described["device"] = str(device)
     return described
+
+
+def measured_on(hardware: Mapping[str, str | int], versions: Mapping[str, str]) -> str:
+    """Return what a measurement's figures depend on, as a line of text."""
+    described = ", ".join(f"{name} {value}" for name, value in hardware.items())
+    return f"{described}, torch {versions['torch']}"

@@ -113,8 +113,8 @@ class FeatureSchema:
 
     @property
     def takes_raw_rows(self) -> bool:
-        """Whether rows of one raw value a feature can be encoded."""
-        return self.encodes_values and not self.multi_hot_features
+        """Whether rows of one raw value a feature, dense ones whole numbers, can be encoded."""
+        return self.encodes_values and not self.multi_hot_features and not self.stores_floats
 
     @property
     def stores_floats(self) -> bool:

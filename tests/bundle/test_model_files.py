@@ -171,8 +171,12 @@ def test_probabilities_are_clamped_as_in_training(runtime: Callable[..., Runtime
 
 @pytest.mark.parametrize(
     ("changes", "bits"),
-    [({}, 32), ({"tables": EVERY_KIND}, 32), ({"tables": EVERY_KIND}, 8), ({}, 4)],
-    ids=["whole", "every kind", "every kind, 8 bits", "whole, 4 bits"],
+    [
+        pytest.param({"tables": EVERY_KIND}, 32, id="every kind"),
+        pytest.param({}, 4, id="whole, 4 bits"),
+        pytest.param({}, 32, id="whole", marks=pytest.mark.long),
+        pytest.param({"tables": EVERY_KIND}, 8, id="every kind, 8 bits", marks=pytest.mark.long),
+    ],
 )
 def test_weights_lie_in_one_file_under_their_names(
     changes: dict[str, Any], bits: int, tmp_path: Path

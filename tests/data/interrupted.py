@@ -60,7 +60,8 @@ Tell = Callable[[str, str, str], None]
 def serve() -> None:
     # Or else each child would do it.
     library()
-    for module in ("multiprocessing.synchronize", "numpy.random", "pyarrow.compute"):
+    # pyarrow imports pandas where it is there, when it is first given an array.
+    for module in ("multiprocessing.synchronize", "numpy.random", "pandas", "pyarrow.compute"):
         importlib.import_module(module)
     for kind in (Inputs, Segment, FittedFeature, WrittenPart, Manifest, FeatureSchema):
         msgspec.json.Decoder(kind)

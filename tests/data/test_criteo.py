@@ -201,7 +201,7 @@ def test_rows_without_label(scratch: Path, lines: list[bytes], block_bytes: int)
     assert parsed(scratch, block_bytes=block_bytes, labelled=False) == expected
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     st.lists(LINES, min_size=1, max_size=4),
     st.sampled_from(["replace", "insert", "delete"]),
@@ -223,7 +223,7 @@ def test_a_single_changed_byte_is_read_or_named(
     agrees_with_oracle(scratch, bytes(content), block_bytes=block_bytes)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(st.lists(LINES, min_size=1, max_size=3), st.integers(0, 39), st.binary(max_size=12))
 @example([b"\t" * 39], 0, b"BZh")
 @example([b"\t" * 39], 0, b"\x1f\x8b")
@@ -236,7 +236,7 @@ def test_any_field_is_read_or_named(
 
 
 def test_every_truncation_is_read_or_named(scratch: Path, made_up_lines: object) -> None:
-    content = made_up_lines(3)  # type: ignore[operator]
+    content = made_up_lines(2)  # type: ignore[operator]
     for length in range(len(content)):
         agrees_with_oracle(scratch, content[:length])
 
@@ -248,6 +248,16 @@ def with_field(column: int, field: bytes) -> bytes:
     fields = ROW.split(b"\t")
     fields[column - 1] = field
     return b"\t".join(fields)
+
+
+REMEDIES = {
+    "a blank line": "Remove that line: every line is a row.",
+    "'0123abc'": "Leading zeros are lost, as in a spreadsheet that took ids for numbers: write "
+    "00123abc, or get the file again and keep its columns as text.",
+    "'-'": "Leave it empty where a value is missing.",
+    "' 5'": "Remove the spaces around it.",
+    "'5 '": "Remove the spaces around it.",
+}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +319,7 @@ def test_a_malformed_line_is_named(
     )
     assert message.startswith(f"{scratch}, line {rows_before + 1}, {place}: expected {expected}")
     assert f", got {got}" in message
-    assert message.endswith("Mend or remove that line, or get the file again.")
+    assert message.endswith(REMEDIES.get(got, "Mend or remove that line, or get the file again."))
     assert len(message) < 400
 
 
@@ -710,7 +720,7 @@ def test_skipped_lines_are_counted_by_reason(
     if labelled:
         assert blank.message == (
             f"{scratch}, line 1, column 1 (label): expected 40 tab-separated fields, got a blank "
-            "line. Mend or remove that line, or get the file again."
+            "line. Remove that line: every line is a row."
         )
         assert header.message.startswith(f"{scratch}, line 2, column 4 (int_2): expected 40")
     for bad in block.examples:

@@ -116,22 +116,30 @@ def test_reading_goes_on_from_the_end_of_any_block(tmp_path: Path) -> None:
         ("0000000a,x,1,,2,", r"line 2, column 2 \(age\): expected an integer or nothing, got 'x'"),
         ("0000000a,1.5,1,,2,", r"column 2 \(age\).*got '1.5'"),
         ("0000000a,2147483648,1,,2,", r"column 2 \(age\): expected an integer of at most"),
-        ("0000000a,1,2,,2,", r"column 3 \(click\): expected a label, 0 or 1, got '2'"),
+        (
+            "0000000a,1,2,,2,",
+            r"column 3 \(click\): expected a label, 0 or 1, got '2'\. Mend that line, or rename",
+        ),
         ("0000000a,1,,,2,", r"column 3 \(click\): expected a label, 0 or 1, got ''"),
+        ("5db9164,1,1,,2,", r"column 1 \(ad\).*got '5db9164'\. Leading zeros are.*write 05db9164"),
+        ("12E+15,1,1,,2,", r"column 1 \(ad\).*got '12E\+15'\. A spreadsheet took the id for a num"),
+        ("0x0000000a,1,1,,2,", r"column 1 \(ad\).*got '0x0000000a'\. Leave 0x away"),
+        ("305419896,1,1,,2,", r"got '305419896'\. If it is a number in decimal.* write 12345678"),
+        ("0000000a,NULL,1,,2,", r"column 2 \(age\).*'NULL'\. Leave it empty where a value"),
         (
             "0000000a,1,1,,2",
             r"line 2, column 6 \(note\): expected 6 cells separated by commas, got 5",
         ),
         ("0000000a,1,1,,2,,", r"column 7 \(no column\): expected 6 cells.*got 7"),
-        ("", r"line 2, column 1 .*got a blank line"),
+        ("", r"line 2, column 1 .*got a blank line\. Remove that line: every line is"),
         ('0000000a,1,1,,2,"open', r"column 6 \(note\): expected a closing quote in the same line"),
         ('"0000000a"b,1,1,,2,', r"column 1 \(ad\): expected the end of the cell after its quote"),
-        ("0000000a, 1,1,,2,", r"column 2 \(age\).*got ' 1'"),
+        ("0000000a, 1,1,,2,", r"column 2 \(age\).*got ' 1'\. Remove the spaces around it"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, row: str, message: str) -> None:
     text = f"ad,age,click,site,price,note\n{row}\n"
-    with pytest.raises(UserError, match=rf"rows\.csv, .*{message}.*Mend or remove"):
+    with pytest.raises(UserError, match=rf"rows\.csv, .*{message}"):
         list(read_csv_blocks(written(tmp_path, text), SCHEMA))
     good = "0000000a,1,1,,2,\n" * 30
     path = written(tmp_path, f"ad,age,click,site,price,note\n{good}{row}\n")
@@ -143,13 +151,26 @@ def test_a_malformed_row_is_named(tmp_path: Path, row: str, message: str) -> Non
     ("text", "message"),
     [
         ("", "is empty"),
-        ("ad,age,click\n", "line 1: expected a header that names the columns age, price, ad, site"),
-        ("ad,age,click\n", "price, site are missing in 'ad,age,click'"),
+        (
+            "ad,age,click\n",
+            "line 1: the header lacks the columns price, site of the model's 4; it has ad, age, "
+            r"click\. Add them, with an empty cell where a value is missing\.",
+        ),
+        ("ad,age,Site,price\n", r"lacks the column site .*Rename Site to site; or add it"),
+        (
+            "a|b\n",
+            r"line 1: expected a header, .*commas, semicolons or tabs; got 'a\|b'\. It lacks the "
+            r"columns age, price, ad, site of the model's 4; it has a\|b\.",
+        ),
+        ("ad,age,site,price\r1,2,3,4\r", r"line 1: expected lines that end in LF or CRLF, got CR"),
+        ("\ufeffad,age".encode("utf-16-le"), "is text in UTF-16: expected UTF-8. Save it as"),
         ("ad,age,site,price,age\n", "names the column age 2 times, expected once"),
         ("ad,click,age,site,price,click\n", "names the column click 2 times, expected once"),
     ],
 )
-def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_header_that_does_not_fit_is_refused(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         list(read_csv_blocks(written(tmp_path, text), SCHEMA))
 

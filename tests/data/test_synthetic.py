@@ -201,7 +201,7 @@ def test_truth_is_what_its_files_say(made, rows, probabilities):
 
 @pytest.mark.parametrize(("scale", "seed"), [(0.0001, 0), (0.01, 1), (1, 2), (1, 2**32 - 1)])
 def test_best_possible_auc_is_criteos_at_any_scale_and_seed(tmp_path, scale, seed):
-    config = SynthesizeConfig(rows=100_000, test_rows=0, scale=scale, seed=seed)
+    config = SynthesizeConfig(rows=50_000, test_rows=0, scale=scale, seed=seed)
     truth = synthesize(tmp_path, config)
     assert truth.train.auc == pytest.approx(0.80, abs=0.01)
     assert truth.click_rate == pytest.approx(0.256, abs=0.005)

@@ -1,10 +1,11 @@
+import re
 from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from dlrm.data.table import rows_from_table
+from dlrm.data.table import lacking, rows_from_table
 from dlrm.errors import UserError
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
 
@@ -35,10 +36,11 @@ def test_an_empty_table_gives_no_rows() -> None:
     ("change", "message"),
     [
         ({"ad": ["0000000a", "12"]}, r"row 1 of column ad: expected 8 hexadecimal digits.*'12'"),
+        ({"ad": ["0000000a", "5db9164"]}, r"row 1 of column ad: .*Leading zeros are lost"),
         ({"ad": ["0000000g", "00000012"]}, r"row 0 of column ad.*'0000000g'"),
         ({"ad": ["0000000a\n", "00000012"]}, r"row 0 of column ad.*\\n"),
-        ({"site": [-1, 2]}, r"row 0 of column site: expected 0 … 2\*\*32-1, got .*-1"),
-        ({"site": [1, 2**32]}, r"row 1 of column site.*4294967296"),
+        ({"site": [-1, 2]}, r"row 0 of column site: expected 0 … 2\*\*32-1, got -1\. "),
+        ({"site": [1, 2**32]}, r"row 1 of column site.* got 4294967296\. "),
         ({"age": [1, 2**31]}, r"row 1 of column age: expected at most 2147483647"),
         ({"age": [0.5, 1.0]}, r"column age must hold integers, got double"),
         ({"age": ["x", "y"]}, r"column age must hold integers, got string"),
@@ -63,8 +65,34 @@ def test_a_column_of_floats_may_have_nan_where_a_number_is_missing() -> None:
 
 
 def test_missing_columns_are_named() -> None:
-    with pytest.raises(UserError, match=r"lacks the columns age, site; expected age, ad, site"):
+    with pytest.raises(UserError, match=r"the table lacks the columns age, site of the mo"):
         rows_from_table(pa.table({"ad": ["0000000a"]}), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (["b"], r"lacks the columns a, c of the model's 3; it has b\. Add them, with null where"),
+        ([], r"lacks the columns a, b, c of the model's 3; it has none\. Add them"),
+        (
+            ["a", "b", " C_"],
+            r"lacks the column c of the model's 3; .*\. Rename  C_ to c; or add it",
+        ),
+        (["a", "b", "c", "c"], ""),
+    ],
+)
+def test_what_is_lacking_is_told_and_how_to_mend_it(present: list[str], message: str) -> None:
+    assert re.match(message, lacking(["a", "b", "c"], present))
+    assert bool(lacking(["a", "b", "c"], present)) == bool(message)
+
+
+def test_of_many_columns_a_few_are_told() -> None:
+    names = [f"cat_{number}" for number in range(1000)]
+    assert lacking(names, names[:100]) == (
+        "lacks the columns cat_100, cat_101, cat_102, cat_103, cat_104, cat_105 … cat_999 (900 in "
+        "all) of the model's 1000; it has cat_0, cat_1, cat_2, cat_3, cat_4, cat_5 … cat_99 (100 "
+        "in all). Add them, with null where a value is missing."
+    )
 
 
 def test_categories_are_read_as_what_they_stand_for() -> None:

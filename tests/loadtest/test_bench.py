@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ from dlrm.cli import main
 from dlrm.config import BenchServeConfig
 from dlrm.errors import UserError
 from dlrm.loadtest import bench
-from dlrm.loadtest.bench import Point, summary
+from dlrm.loadtest.bench import BenchServeResult, Point, summary
 from dlrm.loadtest.client import ANSWERED, FAILED, REFUSED, Outcome
 from dlrm.loadtest.picture import refuse_format
-from dlrm.loadtest.server import Server
+from dlrm.loadtest.server import OwnServer, Server, listening, server_at
 
 
 def outcome(latencies_ms: list[float], *, status: list[int] | None = None) -> Outcome:
@@ -158,25 +160,25 @@ def test_a_server_is_measured(
     capsys: pytest.CaptureFixture[str],
     protocol: str,
 ) -> None:
-    url = f"http://{served.host}:{served.port}"
+    url = f"http://{served.http}"
     picture = tmp_path / "latency.svg"
     words = f"bench serve {small_bundle} --url {url} --grpc-port {served.grpc_port} --json"
     words += f" --protocol {protocol} --scenario single --rates 50 100 --limits-ms 1000"
-    words += f" --seconds 0.5 --confirm-seconds 1 --picture {picture}"
+    words += f" --seconds 0.3 --confirm-seconds 0.4 --picture {picture}"
     with pytest.raises(SystemExit) as ended:
         main(words.split())
     assert ended.value.code == 0
     result = json.loads(capsys.readouterr().out)
     assert [point["rate"] for point in result["points"]] == [50, 100]
     for point in result["points"]:
-        assert point["requests"] == pytest.approx(point["rate"] / 2, abs=25)
+        assert point["requests"] == pytest.approx(0.3 * point["rate"], abs=25)
         assert (point["failed"], point["refused"]) == (0, 0)
         assert 0 < point["p50_ms"] <= point["p90_ms"] <= point["p99_ms"]
-        assert point["server_cores"] is None
+        assert 0 < point["server_cores"] < 3
     assert result["offline"]["rows_per_second"] > 0
     (held,) = result["held"]
     assert held["point"]["rate"] == 100  # no higher one was offered
-    assert held["point"]["seconds"] == 1
+    assert held["point"]["seconds"] == 0.4
     share = held["point"]["rows_per_second"] / result["offline"]["rows_per_second"]
     assert held["share_of_offline"] == pytest.approx(share)
     assert result["request_rows"] == 1
@@ -201,10 +203,35 @@ def test_samples_are_asked_of_a_server_of_its_own(small_bundle: Path, dataset: P
     assert "p99 ≤ 2000 ms: 20.0 requests/s" in text
 
 
+def test_a_server_that_runs_on_this_machine_is_found(served: OwnServer) -> None:
+    there = server_at(f"http://localhost:{served.port}", served.grpc_port)
+    assert there.process == served.process
+    before = there.cpu_seconds()
+    for _ in range(100):
+        there.get("/card")
+    assert there.cpu_seconds() > before
+    assert listening("127.0.0.1", 9) is None
+    assert listening("192.0.2.1", served.port) is None  # which no machine has
+    assert math.isnan(Server("192.0.2.1", 80, 0).cpu_seconds())
+
+
+def test_processor_time_that_is_not_known_has_no_column() -> None:
+    points = [replace(POINT, server_cores=cores) for cores in (1.25, None)]
+    known, unknown = (
+        BenchServeResult(
+            point, 4, [point], [], "rows", 1e3, 2, BenchServeConfig(), {"cores": 2}, {"torch": "2"}
+        ).table()
+        for point in points
+    )
+    assert re.search(r"client  server\n.* 0\.25    1\.25\n", known)
+    assert re.search(r"client\n.* 0\.25\n", unknown)
+    assert "the server's is not to be seen from here" in unknown
+
+
 def test_a_server_of_another_model_or_none_is_refused(
-    served: Server, small_bundle: Path, tmp_path: Path
+    served: Server, start_server: Any, small_bundle: Path, tmp_path: Path
 ) -> None:
-    url = f"http://{served.host}:{served.port}"
+    url = f"http://{served.http}"
     with pytest.raises(UserError, match=r"status 404: .*is the model's name right"):
         bench.bench_serve(small_bundle, BenchServeConfig(url=url, model_name="other"))
     with pytest.raises(UserError, match="is not answered as expected"):
@@ -212,6 +239,6 @@ def test_a_server_of_another_model_or_none_is_refused(
     with pytest.raises(UserError, match="must be like http://localhost:8000"):
         bench.bench_serve(small_bundle, BenchServeConfig(url="ftp://x"))
     with pytest.raises(UserError, match=r"(?s)dlrm serve did not start: .*missing"):
-        bench.bench_serve(tmp_path / "missing", BenchServeConfig())
+        start_server(tmp_path / "missing").__enter__()
     with pytest.raises(UserError, match=r"must end in one of \.svg, \.png, \.pdf"):
         refuse_format(tmp_path / "picture.gif")

@@ -13,7 +13,7 @@ from dlrm.data.prepare import prepare
 from dlrm.data.synthetic import synthesize
 from dlrm.data.vocabulary import Encoder, Vocabulary
 from dlrm.loadtest.payloads import (
-    RawRows,
+    PayloadRows,
     Tensor,
     grpc_request,
     http_request,
@@ -25,7 +25,7 @@ from dlrm.loadtest.payloads import (
 )
 
 SCHEMA = criteo_schema(tuple([10] * 26), "a test")
-ROWS = RawRows(
+ROWS = PayloadRows(
     np.arange(39, dtype=np.int32).reshape(3, 13),
     np.arange(78, dtype=np.uint32).reshape(3, 26) + 0xABCDEF00,
 )

@@ -7,6 +7,7 @@ import gzip
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dlrm.config import ModelConfig, TrainConfig
+import dlrm
+from dlrm.bundle.export import export
+from dlrm.config import ModelConfig, QuantizationConfig, TrainConfig
 from dlrm.data import criteo
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.predicting import files, inputs, outputs, work
@@ -166,7 +169,7 @@ def test_a_format_can_be_said(
 ) -> None:
     with pytest.raises(UserError, match=r"rows\.csv, line 1: expected 40 tab-separated fields"):
         predict_file(predictor, sources["rows.csv"], tmp_path / "x.csv", input_format="criteo")
-    with pytest.raises(UserError, match=r"train\.txt, line 1: expected a header that names"):
+    with pytest.raises(UserError, match=r"train\.txt, line 1: expected a header, names of"):
         predict_file(predictor, sources["train.txt"], tmp_path / "x.csv", input_format="csv")
     with pytest.raises(UserError, match=r"rows\.csv cannot be read as Parquet"):
         predict_file(predictor, sources["rows.csv"], tmp_path / "x.csv", input_format="parquet")
@@ -190,6 +193,8 @@ def test_a_format_can_be_said(
         (b"a,b\n", "rows.csv.gz", "csv"),
         (b"a,b\n", "rows.parquet", "parquet"),
         (b"a,b\n", "rows.txt", "criteo"),
+        (",".join(NAMES[:-1]).encode() + b"\n", "rows.txt", "csv"),
+        (",".join((*NAMES, "int_0")).encode() + b"\n", "rows.txt", "csv"),
         (b"", "x", "criteo"),
         (b"\x1f\x8bdamaged", "x", "criteo"),
     ],
@@ -342,8 +347,8 @@ def test_a_prediction_goes_on_where_it_was_cut_short(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("change", ["model", "input", "size", "versions"])
-def test_what_differs_is_begun_anew(
+@pytest.mark.parametrize("change", ["model", "input", "pipe", "size", "versions"])
+def test_what_differs_is_kept_or_begun_anew(
     run: Path,
     predictor: Predictor,
     sources: dict[str, Path],
@@ -362,21 +367,117 @@ def test_what_differs_is_begun_anew(
             predict_file(predictor, source, output)
     now = predictor
     if change == "model":
-        now = load(run, checkpoint="newest", amp="O1")
+        now = load(run, amp="O1")
     elif change == "input":
         os.utime(source, ns=(1, 1))
+    elif change == "pipe":
+        os.rename(source, tmp_path / "kept.txt")
+        os.mkfifo(source)
     elif change == "size":
         (tmp_path / ".out.csv.work" / "labels").write_bytes(b"")
     else:
         monkeypatch.setattr(files, "__version__", "0.0.0")
-    predict_file(now, source, output)
-    named = {"model": "the model", "input": "the input", "versions": "versions"}.get(change)
+    torch_is = f"torch {torch.__version__}"
+    named = {
+        "model": r"--amp \(O0, now O1\)",
+        "input": "the input",
+        "pipe": "the input",
+        "versions": re.escape(f"versions (dlrm {dlrm.__version__}, {torch_is}, now dlrm 0.0.0, "),
+    }.get(change)
+    feeders = []
+
+    def feed() -> None:
+        if change == "pipe":
+            shell = f"exec cat {tmp_path / 'kept.txt'} > {source}"
+            feeders.append(subprocess.Popen(["bash", "-c", shell]))
+
+    before = (tmp_path / ".out.csv.work" / "probabilities").read_bytes()
     if named:
-        assert f"differs in {named}; it is begun anew" in caplog.text
+        feed()
+        with pytest.raises(UserError, match=rf"holds \d+ rows .* differs in {named}.*--overwrite"):
+            predict_file(now, source, output)
+        assert (tmp_path / ".out.csv.work" / "probabilities").read_bytes() == before
+    feed()
+    predict_file(now, source, output, overwrite=bool(named))
+    if named:
+        assert re.search(rf"differs in {named}.*; it is begun anew", caplog.text)
     assert "scored 3000 rows" in caplog.text
     assert not (tmp_path / ".out.csv.work").exists()
+    feed()
     predict_file(now, source, tmp_path / "whole.csv")
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    for feeder in feeders:
+        feeder.wait()
+
+
+def test_a_bundle_goes_on_with_what_its_run_began(
+    run: Path,
+    predictor: Predictor,
+    sources: dict[str, Path],
+    expected: npt.NDArray[np.float32],
+    small_blocks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They compute the same bits; with tables of fewer bits they do not."""
+    caplog.set_level(logging.INFO)
+    for bits in ("none", "int8"):
+        export(run, tmp_path / bits, format="onnx", quantize=bits)
+    with monkeypatch.context() as patch:
+        cut_short(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(predictor, sources["train.txt"], tmp_path / "out.csv")
+    with pytest.raises(
+        UserError, match=r"differs in --quantize-emb-with-bit \(32, now 8\)\. To go"
+    ):
+        predict_file(load(tmp_path / "int8"), sources["train.txt"], tmp_path / "out.csv")
+    predict_file(load(tmp_path / "none"), sources["train.txt"], tmp_path / "out.csv")
+    assert "going on after" in caplog.text
+    assert read(tmp_path / "out.csv")[1].tolist() == expected.tolist()
+    eight = QuantizationConfig(quantize_emb_with_bit=8)
+    assert load(tmp_path / "int8").identity == load(run, quantization=eight).identity
+    # Without the kernels, which do not take O1, bits depend on how rows are cut into batches.
+    assert load(run, amp="O1").identity.items() - predictor.identity.items() == {
+        ("--amp", "O1"),
+        ("--evaluation-batch-size", "64"),
+    }
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+def test_an_output_that_is_written_already_is_told_of(
+    predictor: Predictor,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    """As when a process is killed before it has removed what the output was made from."""
+    caplog.set_level(logging.INFO)
+    output, folder = tmp_path / name, tmp_path / f".{name}.work"
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Work, "remove", lambda _: None)
+        whole = predict_file(predictor, sources["train.txt"], output)
+    content = output.read_bytes()
+    output.write_bytes(b"another")
+    with pytest.raises(UserError, match=f"{name} is there already, and is not overwritten"):
+        predict_file(predictor, sources["train.txt"], output)
+    with pytest.raises(UserError, match=f"{name} is there already, and is not overwritten"):
+        predict_file(predictor, sources["test.txt"], output)
+    assert output.read_bytes() == b"another"
+    output.write_bytes(content)
+    caplog.clear()
+    assert predict_file(predictor, sources["train.txt"], output) == whole
+    assert f"{name} is written already; {folder} is removed" in caplog.text
+    assert "rows/s" not in caplog.text
+    assert (output.read_bytes(), list(tmp_path.iterdir())) == (content, [output])
+    # Killed while it was removed: nobody can tell any more which output it was for.
+    folder.mkdir()
+    (folder / "probabilities").write_bytes(b"some")
+    with pytest.raises(UserError, match=f"{name} is there already, and is not overwritten"):
+        predict_file(predictor, sources["train.txt"], output)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_other_formats_and_ids_take_what_is_scored(

@@ -66,6 +66,29 @@ def test_a_prediction_that_is_killed_at_every_step(
     assert any("journal.json" in event for event in killed_at.read_text().splitlines())
 
 
+@pytest.mark.parametrize("event", ["replace out.csv", "unlink .out.csv.work/journal.json"])
+def test_a_prediction_that_is_killed_when_its_output_is_there(
+    warm: Any, run: Path, raw_rows: Path, tmp_path: Path, event: str
+) -> None:
+    """Without --overwrite, given again it says that, and nothing is left."""
+    words = ["predict", str(run), str(raw_rows / "train.txt"), str(tmp_path / "out.csv")]
+    request = {"run": tmp_path / "run", "command": words, "read_bytes": READ_BYTES}
+    killed = warm(
+        **request, kill_once=tmp_path / "killed_at", but_not=f"^(?!after {re.escape(event)}$)"
+    )
+    assert killed.status == -9, killed.said
+    (tmp_path / "killed_at").unlink()
+    assert {path.name for path in tmp_path.iterdir()} >= {"out.csv", ".out.csv.work"}
+    before = (tmp_path / "out.csv").read_bytes()
+    answer = warm(**request)
+    said = "is written already" if event.startswith("replace") else "is there already, and is"
+    assert said in answer.said
+    assert answer.status == (0 if event.startswith("replace") else 2)
+    assert ('"rows": 3000' in answer.said) == (answer.status == 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+    assert (tmp_path / "out.csv").read_bytes() == before
+
+
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
 def test_a_signal_keeps_what_is_scored(
     warm: Any, run: Path, raw_rows: Path, tmp_path: Path, signal: str
@@ -75,6 +98,7 @@ def test_a_signal_keeps_what_is_scored(
     answer = warm(**request, fault_at="before write .*labels", fault=signal)
     assert answer.status == {"SIGINT": 130, "SIGTERM": 143}[signal], answer.said
     assert f"stopped by {signal}" in answer.said
+    assert "out.csv is unfinished. To go on: repeat the same command." in answer.said
     assert [path.name for path in tmp_path.iterdir()] == [".out.csv.work"]
     answer = warm(**request)
     assert answer.status == 0, answer.said

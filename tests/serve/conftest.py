@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from dlrm.config import ModelConfig, TrainConfig
+from dlrm.loadtest.server import OwnServer
 from dlrm.prediction import Predictor, load
 from dlrm.training.begin import train
 
@@ -100,81 +96,8 @@ def client(predictor: Predictor, raw_rows: Path) -> Client:
     return Client(predictor, raw_rows / "test.txt")
 
 
-class Server:
-    """A process of ``dlrm serve``.
-
-    Attributes:
-        http: Host and port.
-        grpc: Host and port.
-    """
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self.process = process
-        self._log = log
-        assert process.stdout
-        line = process.stdout.readline()
-        assert line, self.log()
-        addresses = json.loads(line)
-        self.url = addresses["http"]
-        self.http = addresses["http"].removeprefix("http://")
-        self.grpc = addresses.get("grpc", "")
-
-    def log(self) -> str:
-        """What it has written on standard error."""
-        return self._log.read_text()
-
-    def wait_for(self, text: str, times: int = 1) -> None:
-        """Wait until it has written something."""
-        end = time.monotonic() + 30
-        while self.log().count(text) < times:
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.02)
-
-
-StartServer = Callable[..., AbstractContextManager[Server]]
-
-
 @pytest.fixture(scope="session")
-def start_server(
-    quick_dlrm: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> StartServer:
-    """A function that starts ``dlrm serve MODEL OPTIONS…`` on free ports, for a with statement."""
-
-    @contextlib.contextmanager
-    def start(model: Path, *options: str) -> Iterator[Server]:
-        log = tmp_path_factory.mktemp("serve") / "log"
-        command = ["dlrm", "serve", str(model), "--port", "0", "--grpc-port", "0", *options]
-        if "--drain-seconds" not in options:
-            command += ["--drain-seconds", "0"]
-        with open(log, "w") as file:
-            process = _start(command, quick_dlrm, file)
-        try:
-            yield Server(process, log)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-            finally:
-                assert process.stdout
-                process.stdout.close()
-
-    return start
-
-
-def _start(
-    command: list[str], environment: dict[str, str], errors: IO[str]
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-    )
-
-
-@pytest.fixture(scope="session")
-def server(start_server: StartServer, run: Path) -> Iterator[Server]:
+def server(start_server: Callable[..., Any], run: Path) -> Iterator[OwnServer]:
     """A server of ``run`` that all tests share."""
     options = ("--max-body", "256KiB", "--read-timeout", "0.5", "--idle-timeout", "1")
     with start_server(run, *options, "--max-request-rows", "400", "--access-log", "1") as started:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,11 +18,16 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
+from asking import INFER, ask, wait_for
+from dlrm.config import ServeConfig
+from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.prediction import load
 from dlrm.serve.model import ServedModel
+from dlrm.serve.supervisor import _folder, serve
 
-INFER = "/v2/models/dlrm/infer"
 ROWS = slice(0, 3)
+_BETWEEN = 0.003
+"""Seconds between a client's requests: loading a model needs the cores too."""
 
 
 class Load:
@@ -58,7 +64,7 @@ class Load:
     def wait_for(self, version: str) -> None:
         end = time.monotonic() + 20
         while self.versions[-4:].count(version) < 4:
-            assert time.monotonic() < end, (self.faults, self._server.log())
+            assert time.monotonic() < end, (self.faults, self._server.said())
             time.sleep(0.01)
 
     def _guarded(self, work: Any) -> None:
@@ -73,8 +79,7 @@ class Load:
         self.versions.append(version)
 
     def _over_http(self) -> None:
-        host, port = self._server.http.split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection = http.client.HTTPConnection(self._server.host, self._server.port, timeout=20)
         body = self._client.json(ROWS)
         while not self._stopped.is_set():
             connection.request("POST", INFER, body)
@@ -82,6 +87,7 @@ class Load:
             content = json.loads(answer.read())
             assert answer.status == 200, content
             self._check(content["model_version"], content["outputs"][0]["data"])
+            time.sleep(_BETWEEN)
         connection.close()
 
     def _over_grpc(self) -> None:
@@ -90,11 +96,11 @@ class Load:
             while not self._stopped.is_set():
                 answer = infers.infer("dlrm", tensors)
                 self._check(answer.get_response().model_version, answer.as_numpy("probabilities"))
+                time.sleep(_BETWEEN)
 
     def _look_whether_ready(self) -> None:
         """Stop when the server no longer wants requests, as a load balancer would."""
-        host, port = self._server.http.split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection = http.client.HTTPConnection(self._server.host, self._server.port, timeout=20)
         connection.request("GET", "/v2/health/ready")
         if connection.getresponse().status != 200:
             self._stopped.set()
@@ -130,53 +136,48 @@ def test_no_request_is_lost_by_reloads_and_at_the_end(
         clients.wait_for(first)
 
         lead_to(other)
-        server.process.send_signal(signal.SIGHUP)
+        server.command.send_signal(signal.SIGHUP)
         clients.wait_for(second)
         lead_to(run)
-        assert ask(server, "/v2/repository/models/dlrm/load") == (200, {})
+        assert load_anew(server) == (200, {})
         clients.wait_for(first)
 
         # Who goes before a reload is over does not keep others from asking for one.
         for _ in range(3):
-            with socket.create_connection(server.http.split(":")) as gone:
+            with socket.create_connection((server.host, server.port)) as gone:
                 gone.sendall(b"POST /v2/repository/models/dlrm/load HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert ask(server, "/v2/repository/models/dlrm/load") == (200, {})
+        assert load_anew(server) == (200, {})
 
         lead_to(broken)
-        status, answer = ask(server, "/v2/repository/models/dlrm/load")
+        status, answer = load_anew(server)
         assert status == 400
         assert str(checkpoint) in answer["error"]
         assert "the earlier one stays" in answer["error"]
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for("is not served, the earlier model stays", times=2)
+        server.command.send_signal(signal.SIGHUP)
+        wait_for(server, "is not served, the earlier model stays", times=2)
         clients.wait_for(first)
         lead_to(run)
         clients.stop()
         assert clients.faults == []
 
-        lost = int(re.findall(r"process (\d+) is started", server.log())[0])
+        lost = int(re.findall(r"process (\d+) is started", server.said())[0])
         os.kill(lost, signal.SIGKILL)
-        server.wait_for(f"process {lost} ended by SIGKILL; another is started")
-        server.wait_for("is started\n", times=3)
-        assert ask(server, INFER, client.json(ROWS))[0] == 200
+        wait_for(server, f"process {lost} ended by SIGKILL; another is started")
+        wait_for(server, "is started\n", times=3)
+        assert ask(server, "POST", INFER, client.json(ROWS))[0] == 200
 
         clients = Load(server, client, expected)
         clients.wait_for(first)
-        server.process.send_signal(signal.SIGTERM)
+        server.command.send_signal(signal.SIGTERM)
         clients.join()
         assert clients.faults == []
-        assert server.process.wait(10) == 0
-        assert "Traceback" not in server.log()
+        assert server.command.wait(10) == 0
+        assert "Traceback" not in server.said()
 
 
-def ask(server: Any, path: str, body: bytes = b"") -> tuple[int, Any]:
-    host, port = server.http.split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=30)
-    connection.request("POST", path, body)
-    answer = connection.getresponse()
-    content = json.loads(answer.read())
-    connection.close()
-    return answer.status, content
+def load_anew(server: Any) -> tuple[int, Any]:
+    status, _, content = ask(server, "POST", "/v2/repository/models/dlrm/load")
+    return status, json.loads(content)
 
 
 def test_what_cannot_be_served_ends_with_a_message(
@@ -213,23 +214,69 @@ def runs(process: int) -> bool:
 
 def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path) -> None:
     with start_server(run, "--workers", "2") as server:
-        workers = [int(each) for each in re.findall(r"process (\d+) is started", server.log())]
+        workers = [int(each) for each in re.findall(r"process (\d+) is started", server.said())]
         supervisors = {Path(f"/proc/{each}/stat").read_text().split()[3] for each in workers}
         (supervisor,) = supervisors
+        held = folder_of(workers[0])
+        left_alone(held)
         os.kill(int(supervisor), signal.SIGKILL)
         end = time.monotonic() + 20
         while any(map(runs, workers)):
             assert time.monotonic() < end
             time.sleep(0.02)
-        host, port = server.http.split(":")
         with pytest.raises(ConnectionRefusedError):
-            http.client.HTTPConnection(host, int(port), timeout=5).connect()
+            socket.create_connection((server.host, server.port), timeout=5)
+    # Nobody is left who could remove it but the next server.
+    assert held.exists()
+    os.utime(held, (0, 0))
+    with _folder():
+        assert not held.exists()
+
+
+def folder_of(worker: int) -> Path:
+    """The temporary folder of a server."""
+    mapped = Path(f"/proc/{worker}/maps").read_text()
+    return Path(re.findall(r"(/\S*/dlrm-serve-[^/]*)/", mapped)[0])
+
+
+def left_alone(folder: Path) -> None:
+    """Check that a server that starts does not remove the folder of one that runs."""
+    os.utime(folder, (0, 0))
+    with _folder() as own:
+        assert folder.exists()
+        assert own != folder
+
+
+def test_a_folder_that_may_not_be_locked_yet_and_what_is_no_folder_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    stays = [tmp_path / f"dlrm-serve-{name}" for name in ("young", "link", "file")]
+    stays[0].mkdir()
+    stays[1].symlink_to(tmp_path / "elsewhere")
+    stays[2].touch()
+    for path in stays[1:]:
+        os.utime(path, (0, 0), follow_symlinks=False)
+    with _folder() as own:
+        assert {*stays, own} == set(tmp_path.glob("dlrm-serve-*"))
+    assert not own.exists()
+
+
+def test_a_server_that_does_not_start_leaves_nothing_open(
+    server: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(EnvironmentFaultError, match="cannot listen"):
+        serve(run, ServeConfig(port=0, grpc_port=server.grpc_port))
+    assert (os.listdir("/proc/self/fd"), os.listdir(tmp_path)) == (before, [])
 
 
 def test_connections_are_limited(start_server: Any, run: Path) -> None:
     with start_server(run, "--max-connections", "2", "--grpc-port", "-1") as server:
-        host, port = server.http.split(":")
-        connections = [http.client.HTTPConnection(host, int(port), timeout=20) for _ in range(3)]
+        address = (server.host, server.port)
+        connections = [http.client.HTTPConnection(*address, timeout=20) for _ in range(3)]
         found = []
         for connection in connections:
             connection.request("GET", "/v2/health/live")
@@ -258,9 +305,6 @@ def test_connections_are_limited(start_server: Any, run: Path) -> None:
     ],
 )
 def test_options_that_mean_nothing_are_refused(field: str, value: Any, message: str) -> None:
-    from dlrm.config import ServeConfig
-    from dlrm.errors import UserError
-
     with pytest.raises(UserError, match=message):
         ServeConfig(**{field: value})
 
@@ -294,22 +338,22 @@ def test_what_is_on_its_way_at_the_end_is_answered_and_nobody_else_waits(
     head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with start_server(run, "--drain-seconds", "0.5", "--grpc-port", "-1") as server:
         silent, begun, asking = (
-            socket.create_connection(server.http.split(":"), timeout=10) for _ in range(3)
+            socket.create_connection((server.host, server.port), timeout=10) for _ in range(3)
         )
         begun.sendall(head[:20])
         asking.sendall(head + body[:-20])
-        kept = http.client.HTTPConnection(*server.http.split(":"), timeout=10)  # type: ignore[arg-type]
+        kept = http.client.HTTPConnection(server.host, server.port, timeout=10)
         kept.request("POST", INFER, body)
         assert kept.getresponse().read()
-        server.process.send_signal(signal.SIGTERM)
+        server.command.send_signal(signal.SIGTERM)
         began = time.monotonic()
         time.sleep(1.5)
-        assert server.process.poll() is None
+        assert server.command.poll() is None
         asking.sendall(body[-20:])
         assert asking.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
         for other in (silent, begun, kept.sock):
             assert other.recv(1) == b""
             other.close()
-        assert server.process.wait(10) == 0
+        assert server.command.wait(10) == 0
         assert time.monotonic() - began < 8
         asking.close()

@@ -98,7 +98,10 @@ def test_binary_tensors_lie_behind_the_json() -> None:
         (b'{"inputs": 1}', "Expected `array`"),
         (b'{"inputs": [{"name": "x", "shape": [1]}]}', "missing required field `datatype`"),
         (one(shape=[1], datatype="INT3", data=[1]), "expected one of BOOL, UINT8"),
-        (one(shape=[-1], datatype="INT32", data=[1]), "has the shape [-1]"),
+        (
+            one(shape=[-1], datatype="INT32", data=[1]),
+            "has the shape [-1]; expected at most 8 sizes",
+        ),
         (one(shape=[1] * 9, datatype="INT32", data=[1]), "has the shape"),
         (one(shape=[2], datatype="INT32", data=[1]), "2 elements are expected; got 1"),
         (one(shape=[2], datatype="INT32"), "no data"),
@@ -131,6 +134,7 @@ def test_binary_tensors_lie_behind_the_json() -> None:
         (one(shape=[1], datatype="INT64", data=[10**30]), "beyond INT64"),
         (body([], parameters={"binary_data_output": 1}), "expected true or false"),
         (body([], outputs=[{"name": "a", "parameters": {"classification": 2}}]), "classification"),
+        (body([], outputs=[{"name": "a"}] * 2), "'a' is asked for twice"),
     ],
 )
 def test_what_is_wrong_is_told(content: bytes, message: str) -> None:
@@ -144,6 +148,9 @@ def test_the_length_of_the_header_must_fit() -> None:
     tensor = {"name": "x", "shape": [2], "datatype": "INT32", "parameters": {"binary_data_size": 7}}
     header = body([tensor])
     assert "8 bytes are expected; got 7" in refused(header + b"1234567", len(header))
+    one_byte = {"shape": [1], "datatype": "UINT8", "parameters": {"binary_data_size": True}}
+    header = body([tensor | one_byte])
+    assert "binary_data_size of True" in refused(header + b"1", len(header))
     tensor |= {"datatype": "BYTES"}
     header = body([tensor])
     assert "its length before it" in refused(header + b"1234567", len(header))
@@ -213,6 +220,7 @@ def test_grpc_refuses_what_does_not_fit() -> None:
     assert "beside raw" in refused(tensor={"contents": contents}, raw_input_contents=[b"1234"])
     assert "has to come in raw" in refused(tensor={"datatype": "FP16"})
     assert "datatype 'INT'" in refused(tensor={"datatype": "INT"})
+    assert "'a' is asked for twice" in refused(tensor={"shape": [0]}, outputs=[{"name": "a"}] * 2)
     assert "beyond INT8" in refused(
         tensor={"datatype": "INT8", "contents": {"int_contents": [200]}}
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dlrm.data.batch import Batch
 from dlrm.schema import DenseFeature, FeatureSchema, SparseFeature
-from dlrm.serve.protocol import RefusedError, Tensor
+from dlrm.serve.protocol import DTYPES, RefusedError, Tensor
 from dlrm.serve.rows import Reader, SentRows
 
 SCHEMA = FeatureSchema(
@@ -24,7 +24,7 @@ READER = Reader(SCHEMA, 8)
 
 
 def numbers(name: str, datatype: str, elements: Any, *shape: int) -> Tensor:
-    array = np.array(elements, {"INT32": "i4", "INT64": "i8", "UINT32": "u4"}.get(datatype, "f4"))
+    array = np.array(elements, DTYPES[datatype])
     return Tensor(name, datatype, shape or array.shape, array.reshape(-1))
 
 
@@ -130,6 +130,7 @@ SPARSE = numbers("sparse", "UINT32", [[1, 2, 3]])
         ((*DENSE, numbers("sparse", "UINT32", [[1, 2]])), "must have the shape [rows, 3]"),
         ((numbers("d0", "FP32", [0.5]), DENSE[1], SPARSE), "'d0' holds 0.5; a dense feature"),
         ((numbers("d0", "FP32", [np.inf]), DENSE[1], SPARSE), "'d0' holds inf"),
+        ((numbers("d0", "FP16", [np.inf]), DENSE[1], SPARSE), "'d0' holds inf"),
         ((numbers("d0", "INT64", [2**31]), DENSE[1], SPARSE), "'d0' holds 2147483648"),
         ((texts("d0", ["1"]), DENSE[1], SPARSE), "'d0' is BYTES, and a dense feature is a number"),
         ((*DENSE, numbers("sparse", "FP32", [[1, 2, 3]])), "'sparse' is FP32, and a sparse"),
@@ -187,7 +188,10 @@ def test_prepared_rows_are_a_batch() -> None:
     flat = numbers("sparse_features", "INT64", [1, 2, 3, 4, 9])
     offsets = numbers("offsets", "INT64", [0, 1, 2, 3, 4, 4, 5])
     bags = READER.read({tensor.name: tensor for tensor in (PREPARED, flat, offsets)})
-    for batch in (matrix, bags):
+    flat = numbers("sparse_features", "INT64", [1, -7, 2, 3, 4, -1, 9, -1])
+    offsets = numbers("offsets", "INT64", [0, 2, 3, 4, 5, 6, 8])
+    negative = READER.read({tensor.name: tensor for tensor in (PREPARED, flat, offsets)})
+    for batch in (matrix, bags, negative):
         assert isinstance(batch, Batch)
         assert batch.dense_features.tolist() == [[0.5, 1.5], [2.5, 3.5]]
         assert batch.sparse_features.tolist() == [1, 2, 3, 4, 9]
@@ -216,6 +220,7 @@ IDS = numbers("sparse_features", "INT64", [[1, 2, 3], [4, 0, 9]])
         ((PREPARED, numbers("sparse_features", "INT64", [[1, 2, 10]] * 2)), "an id of s2 is 10"),
         ((PREPARED, FLAT), "must have the shape [2, 3]"),
         ((PREPARED, FLAT, numbers("offsets", "INT64", [0] * 7)), "offsets must rise"),
+        ((PREPARED, FLAT, numbers("offsets", "INT64", [0, 9, *[2] * 5])), "offsets must rise"),
         ((PREPARED, FLAT, numbers("offsets", "INT64", [0, 2])), "offsets must be"),
         ((numbers("dense_features", "FP32", [[1, 2]] * 9), IDS), "has 9 rows, at most 8"),
     ],

@@ -68,7 +68,8 @@ def train_once(dataset: Path) -> None:
     model = ModelConfig(
         embedding_dim=2, dense_arch_layer_sizes=(2,), over_arch_layer_sizes=(1,), dropout=0.1
     )
-    importlib.import_module("dlrm.reference.runner")
+    for module in ("docstring_parser", "dlrm.reference.runner", "tyro"):
+        importlib.import_module(module)
     for dropout in (0.0, 0.1):
         config = TrainConfig(model=replace(model, dropout=dropout), max_steps=2)
         with tempfile.TemporaryDirectory() as folder:

@@ -183,7 +183,8 @@ def test_the_native_step_refuses_narrow_tables_by_name(dtype: str) -> None:
 def test_runs_repeat_continue_and_are_stored_as_they_are(
     dataset: Path, tmp_path: Path, rule: Rule
 ) -> None:
-    config = replace(CONFIG, optimizer=OptimizerConfig(rule, 0.05), epochs=2, amp="O1")
+    options = {"mini_batch_size": 256, "epochs": 2, "amp": "O1"}
+    config = replace(CONFIG, optimizer=OptimizerConfig(rule, 0.05), **options)
     result = train(dataset, tmp_path / "whole", config)
     train(dataset, tmp_path / "again", config)
     train(dataset, tmp_path / "part", replace(config, max_steps=7))

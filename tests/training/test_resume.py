@@ -179,8 +179,10 @@ def go_on_through(
 @pytest.mark.parametrize(
     ("change", "plain"),
     [
-        *(pytest.param(KINDS[kind], plain, id=f"{kind}-{'plain' if plain else 'native'}")
-          for kind in KINDS for plain in (False, True)),
+        *(pytest.param(KINDS[kind], False, id=f"{kind}-native") for kind in KINDS),
+        # Dropout's is sgd, and bfloat16's is rowwise_adagrad.
+        *(pytest.param(KINDS[kind], True, id=f"{kind}-plain",
+                       marks=() if kind == "adagrad" else pytest.mark.long) for kind in KINDS),
         *(pytest.param(EAGER[kind], True, id=kind) for kind in EAGER),
     ],
 )  # fmt: skip
@@ -208,9 +210,18 @@ def test_killed_at_random_steps_it_ends_as_if_it_had_not_been(
 @pytest.mark.parametrize(
     ("variant", "kind", "plain"),
     [
-        *(("qr and weighed", kind, plain) for kind in KINDS for plain in (False, True)),
-        *(("md and concat", kind, True) for kind in KINDS),
+        ("qr and weighed", "adagrad", False),
+        ("qr and weighed", "sgd", True),
+        ("md and concat", "adagrad", True),
         ("md and concat", "bfloat16", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                *(("qr and weighed", kind, False) for kind in ("sgd", "rowwise_adagrad")),
+                *(("qr and weighed", kind, True) for kind in ("adagrad", "rowwise_adagrad")),
+                *(("md and concat", kind, True) for kind in ("sgd", "rowwise_adagrad")),
+            ]
+        ),
     ],
 )
 def test_embedding_variants_end_as_if_they_had_not_been_killed(
@@ -666,8 +677,8 @@ def test_every_flipped_byte_and_every_truncation_is_noticed(killed: Path, tmp_pa
     for kind in ("json", "safetensors"):
         path = run / f"checkpoints/step-000000020.{kind}"
         content = path.read_bytes()
-        step = max(1, len(content) // 100)
-        for place in {*range(0, len(content), step), *range(0, 300, 3)}:
+        step = max(1, len(content) // 50)
+        for place in {*range(0, len(content), step), *range(0, 300, 7)}:
             damaged = bytearray(content)
             damaged[place] ^= 1
             for bad in (damaged, content[:place]):

@@ -154,7 +154,8 @@ def export(
         if quantize != "none":
             quantize_model(model, QuantizationConfig(quantize_emb_with_bit=BITS[quantize]))
             expected = _scores(Scorer(model, loss), sample, schema)
-        copy_description(opened.path, partial, schema)
+        # Copies: a BUNDLE that serves must not change with its RUN or DATASET.
+        copy_description(opened.path, partial, schema, linked=False)
         write_weights(partial / WEIGHTS, model)
         del model  # from here on there is one copy of the tables, in the file
         info = BundleInfo(
@@ -434,7 +435,7 @@ def _predicted(
     for rows in sample.blocks:
         probabilities = predictor.score(_batch(rows, predictor.schema))
         is_raw = np.zeros(len(rows), np.bool_)
-        if _takes_raw(predictor):
+        if predictor.schema.takes_raw_rows:
             assert predictor.encoder
             values, is_raw = predictor.encoder.decode(rows.sparse)
             dense = rows.dense[is_raw].astype(np.int32)
@@ -442,11 +443,6 @@ def _predicted(
         found.append(probabilities)
         whole.append(is_raw)
     return np.concatenate(found), np.concatenate(whole)
-
-
-def _takes_raw(predictor: Predictor) -> bool:
-    schema = predictor.schema
-    return bool(predictor.encoder) and not (schema.multi_hot_features or schema.stores_floats)
 
 
 def _examples(

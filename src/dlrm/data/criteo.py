@@ -334,5 +334,5 @@ def _message(path: Path, lines_before: int, bad: BadLine, *, labelled: bool, inf
     return (
         f"{path}, line {number + 1}, column {column + 1} ({name}): expected {bad.error.expected}, "
         f"got {bad.error.got}{reason if inferred and doubtful else ''}. "
-        f"{_remedy(bad.line, number, labelled=labelled)}"
+        f"{bad.error.remedy or _remedy(bad.line, number, labelled=labelled)}"
     )

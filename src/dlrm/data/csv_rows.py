@@ -13,6 +13,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,7 +25,17 @@ import torch
 from dlrm.data.criteo import BLOCK_BYTES, Position
 from dlrm.data.lines import read_lines
 from dlrm.data.raw_rows import RawRows
-from dlrm.data.row_parser import MARGIN, MAX_LINE_BYTES, BadFieldError, parse_integer, shown
+from dlrm.data.row_parser import (
+    MARGIN,
+    MAX_LINE_BYTES,
+    REMOVE_BLANK,
+    BadFieldError,
+    bad_id,
+    bad_integer,
+    parse_integer,
+    shown,
+)
+from dlrm.data.table import lacking
 from dlrm.errors import UserError
 from dlrm.files import environment_faults
 from dlrm.ops.library import library
@@ -34,6 +45,7 @@ logger = logging.getLogger("dlrm")
 
 SEPARATORS = {b",": "commas", b";": "semicolons", b"\t": "tabs"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _INTEGER = re.compile(rb"(-?[0-9]+)(\.0*)?")
 _LABEL = re.compile(rb"([01])(\.0*)?")
 _ID = re.compile(rb"[0-9a-fA-F]{8}")
@@ -67,32 +79,45 @@ def read_header(line: bytes, schema: FeatureSchema) -> Header | None:
     Raises:
         UserError: It names a feature or the label twice.
     """
-    known = schema.feature_names
+    separator, names = _split_header(line, schema)
+    if not set(schema.feature_names) <= set(names):
+        return None
+    numbers = {name: number for number, name in enumerate([*schema.feature_names, schema.label])}
+    for name in numbers:
+        if names.count(name) > 1:
+            raise UserError(
+                f"the header names the column {name} {names.count(name)} times, expected once. "
+                "Rename or remove the others."
+            )
+    return Header(
+        separator,
+        names,
+        tuple(numbers.get(name, -1) for name in names),
+        len(schema.dense),
+        len(schema.sparse),
+        schema.label in names,
+    )
+
+
+def names_features(line: bytes, schema: FeatureSchema) -> bool:
+    """Tell whether a first line names any feature, and so can be nothing but a header."""
+    return not set(schema.feature_names).isdisjoint(_split_header(line, schema)[1])
+
+
+def _split_header(line: bytes, schema: FeatureSchema) -> tuple[bytes, tuple[str, ...]]:
+    """Return the separator of a first line, the one by which it names most features, and names."""
     line = line.removeprefix(_BYTE_ORDER_MARK).rstrip(b"\r\n")
+    known = set(schema.feature_names)
+    found: list[tuple[bytes, tuple[str, ...]]] = []
     for separator in SEPARATORS:
-        try:
+        with suppress(BadFieldError):
             cells = split_cells(line, separator)
-        except BadFieldError:
-            continue
-        names = tuple(cell.decode(errors="replace").strip() for cell in cells)
-        if not set(known) <= set(names):
-            continue
-        numbers = {name: number for number, name in enumerate([*known, schema.label])}
-        for name in numbers:
-            if names.count(name) > 1:
-                raise UserError(
-                    f"the header names the column {name} {names.count(name)} times, expected once. "
-                    "Rename or remove the others."
-                )
-        return Header(
-            separator,
-            names,
-            tuple(numbers.get(name, -1) for name in names),
-            len(schema.dense),
-            len(schema.sparse),
-            schema.label in names,
-        )
-    return None
+            found.append(
+                (separator, tuple(cell.decode(errors="replace").strip() for cell in cells))
+            )
+    if not found:
+        return b",", ()
+    return max(found, key=lambda each: (len(known & set(each[1])), len(each[1])))
 
 
 def read_csv_blocks(
@@ -158,13 +183,20 @@ def _header_of(path: Path, line: bytes, schema: FeatureSchema) -> Header:
         raise UserError(f"{path}, line 1: {error}") from error
     if header is not None:
         return header
-    known = schema.feature_names
-    text = line.decode(errors="replace")
-    missing = [name for name in known if name not in re.split(r"[,;\t\"\r]", text)]
+    if line.startswith(_UTF_16):
+        raise UserError(f"{path} is text in UTF-16: expected UTF-8. Save it as UTF-8.")
+    if b"\r" in line.rstrip(b"\r"):
+        raise UserError(
+            f"{path}, line 1: expected lines that end in LF or CRLF, got CR alone. Save it with "
+            "other line ends."
+        )
+    names = _split_header(line, schema)[1]
+    lacks = lacking(schema.feature_names, names, "with an empty cell where a value is missing")
+    if names_features(line, schema):
+        raise UserError(f"{path}, line 1: the header {lacks}")
     raise UserError(
-        f"{path}, line 1: expected a header that names the columns {', '.join(known)}, in any "
-        f"order; {', '.join(missing) or 'none'} are missing in {shown(line)}. Add the header, "
-        "with an empty cell in each row where a value is missing."
+        f"{path}, line 1: expected a header, names of columns that are separated by commas, "
+        f"semicolons or tabs; got {shown(line)}. It {lacks}"
     )
 
 
@@ -208,7 +240,8 @@ def _parse_block(
             name = header.names[error.column] if error.column < len(header.names) else "no column"
             raise UserError(
                 f"{path}, line {lines_before + index + 1}, column {error.column + 1} ({name}): "
-                f"expected {error.expected}, got {error.got}. Mend or remove that line."
+                f"expected {error.expected}, got {error.got}. "
+                f"{error.remedy or 'Mend or remove that line.'}"
             ) from error
     return (
         np.array([label for label, _, _ in rows], np.uint8),
@@ -232,7 +265,7 @@ def parse_row(line: bytes, header: Header) -> tuple[int, list[int], list[int]]:
     cells = split_cells(line, header.separator)
     expected = f"{len(header.names)} cells separated by {SEPARATORS[header.separator]}"
     if not line and len(header.names) > 1:
-        raise BadFieldError("blank", 0, expected, "a blank line")
+        raise BadFieldError("blank", 0, expected, "a blank line", REMOVE_BLANK)
     if len(cells) != len(header.names):
         column = min(len(cells), len(header.names))  # the first that is missing or too many
         raise BadFieldError("fields", column, expected, f"{len(cells)}: {shown(line)}")
@@ -243,11 +276,17 @@ def parse_row(line: bytes, header: Header) -> tuple[int, list[int], list[int]]:
             integers[meaning] = _integer(cell, column)
         elif 0 <= meaning < header.dense + header.sparse:
             if cell and not _ID.fullmatch(cell):
-                raise BadFieldError("id", column, "8 hexadecimal digits or nothing", shown(cell))
+                raise bad_id(cell, column)
             ids[meaning - header.dense] = int(cell or b"0", 16)
         elif meaning >= 0:
             if not (found := _LABEL.fullmatch(cell)):
-                raise BadFieldError("label", column, "a label, 0 or 1", shown(cell))
+                raise BadFieldError(
+                    "label",
+                    column,
+                    "a label, 0 or 1",
+                    shown(cell),
+                    "Mend that line, or rename the column if it is no label.",
+                )
             label = int(found[1])
     return label, integers, ids
 
@@ -256,7 +295,7 @@ def _integer(cell: bytes, column: int) -> int:
     if not cell:
         return 0
     if not (found := _INTEGER.fullmatch(cell)):
-        raise BadFieldError("integer", column, "an integer or nothing", shown(cell))
+        raise bad_integer(cell, column)
     return parse_integer(found[1], column)
 
 

@@ -28,6 +28,7 @@ from dlrm.errors import UserError
 from dlrm.files import (
     FORMAT_VERSION,
     atomic_write,
+    copy_file,
     environment_faults,
     flush_folder,
     is_plain_name,
@@ -758,20 +759,23 @@ def _same_rows(folder: Path, stored: StoredSplit, split: Split) -> StoredSplit:
     return dataclasses.replace(stored, parts=tuple(parts))
 
 
-def copy_description(source: Path, target: Path, schema: FeatureSchema) -> None:
-    """Put what predicting raw rows needs, schema and vocabularies, into a RUN.
-
-    Vocabularies are hard links where the file system can make them, else copies.
+def copy_description(
+    source: Path, target: Path, schema: FeatureSchema, *, linked: bool = True
+) -> None:
+    """Put what predicting raw rows needs, schema and vocabularies, into a RUN or BUNDLE.
 
     Args:
-        source: A DATASET.
-        target: A RUN, which exists.
+        source: A DATASET, or a RUN.
+        target: A RUN or BUNDLE, which exists.
         schema: The RUN's schema, which may limit ids further than the DATASET's.
+        linked: Whether vocabularies are hard links where the file system can make them; else they
+            are copies, which no change of the source's reaches.
     """
+    put = link_or_copy if linked else copy_file
     with environment_faults(f"write to {target}"):
         names = [feature.vocabulary for feature in schema.sparse if feature.vocabulary]
         if names:
             (target / "vocabulary").mkdir(exist_ok=True)
         for name in names:
-            link_or_copy(source / "vocabulary" / name, target / "vocabulary" / name)
+            put(source / "vocabulary" / name, target / "vocabulary" / name)
         write_schema(target, schema)

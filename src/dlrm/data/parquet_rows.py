@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dlrm.data.criteo import Position
 from dlrm.data.raw_rows import RawRows
-from dlrm.data.table import rows_from_table
+from dlrm.data.table import lacking, rows_from_table
 from dlrm.errors import UserError
 from dlrm.files import environment_faults
 from dlrm.schema import FeatureSchema
@@ -59,12 +59,8 @@ def read_parquet_blocks(
     known = schema.feature_names
     with _opened(path) as file:
         present = file.schema_arrow.names
-        missing = [name for name in known if name not in present]
-        if missing:
-            raise UserError(
-                f"{path} lacks the columns {', '.join(missing)}; expected {', '.join(known)}, got "
-                f"{', '.join(present) or 'none'}. Add them (null where a value is missing)."
-            )
+        if lacks := lacking(known, present):
+            raise UserError(f"{path} {lacks}")
         twice = [name for name in [*known, schema.label] if present.count(name) > 1]
         if twice:
             raise UserError(f"{path} has the column {twice[0]} twice. Leave one of them away.")
@@ -124,7 +120,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
             UnicodeDecodeError,
         ) as error:
             raise UserError(
-                f"{path} cannot be read as Parquet: {error}. Get the file again."
+                f"{path} cannot be read as Parquet: {str(error).rstrip('.')}. Get the file again."
             ) from error
         except FileNotFoundError:
             raise UserError(f"{path} does not exist. Check the path.") from None

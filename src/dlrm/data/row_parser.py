@@ -104,14 +104,25 @@ class BadLine:
 
 
 class BadFieldError(Exception):
-    """A field that is not as it should be; ``column`` counts from 0."""
+    """A field that is not as it should be.
 
-    def __init__(self, reason: Reason, column: int, expected: str, got: str) -> None:
+    Args:
+        reason: In one word.
+        column: Counts from 0.
+        expected: What should be there.
+        got: What is there.
+        remedy: What to do, if that is known of just this fault.
+    """
+
+    def __init__(
+        self, reason: Reason, column: int, expected: str, got: str, remedy: str = ""
+    ) -> None:
         super().__init__(expected)
         self.reason = reason
         self.column = column
         self.expected = expected
         self.got = got
+        self.remedy = remedy
 
 
 def parse_block(buffer: bytearray, layout: Layout, *, first_only: bool) -> ParsedBlock:
@@ -401,7 +412,7 @@ def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
     if len(fields) != width:
         expected = f"{width} tab-separated fields"
         if not line:
-            raise BadFieldError("blank", 0, expected, "a blank line")
+            raise BadFieldError("blank", 0, expected, "a blank line", REMOVE_BLANK)
         column = min(len(fields), width)  # the first that is missing or too many
         raise BadFieldError("fields", column, expected, f"{len(fields)}: {shown(line)}")
     label = 0
@@ -418,9 +429,7 @@ def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
         if not field:
             continue
         if not _ID.fullmatch(field):
-            raise BadFieldError(
-                "id", numbers + index, "8 hexadecimal digits or nothing", shown(field)
-            )
+            raise bad_id(field, numbers + index)
         ids[index] = int(field, 16)
     return label, integers, ids
 
@@ -428,7 +437,7 @@ def parse_line(line: bytes, layout: Layout) -> tuple[int, list[int], list[int]]:
 def parse_integer(field: bytes, column: int) -> int:
     """Convert an integer; a negative one is 0."""
     if not _INTEGER.fullmatch(field):
-        raise BadFieldError("integer", column, "an integer or nothing", shown(field))
+        raise bad_integer(field, column)
     digits = field.lstrip(b"-").lstrip(b"0")
     # Python refuses to convert thousands of digits, and 64 bits never need more than 19.
     value = int(digits or b"0") if len(digits) < 20 else 2**64
@@ -440,6 +449,59 @@ def parse_integer(field: bytes, column: int) -> int:
         expected = "an integer of at most 2147483647 (32 bits)"
         raise BadFieldError("integer", column, expected, shown(field))
     return value
+
+
+REMOVE_BLANK = "Remove that line: every line is a row."
+
+
+def bad_id(field: bytes, column: int) -> BadFieldError:
+    """Return what is wrong with a field that is no id."""
+    expected = "8 hexadecimal digits or nothing"
+    return BadFieldError("id", column, expected, shown(field), id_remedy(field))
+
+
+def bad_integer(field: bytes, column: int) -> BadFieldError:
+    """Return what is wrong with a field that is no integer."""
+    expected = "an integer or nothing"
+    return BadFieldError("integer", column, expected, shown(field), _remedy(field))
+
+
+def id_remedy(field: bytes) -> str:
+    """Return what to do about something that is no id; empty: that is not known.
+
+    Spreadsheets, and libraries that guess types, take an id of digits alone for a number.
+    """
+    text = field.decode("ascii", errors="replace")
+    if _LOST_ZEROS.fullmatch(field):
+        return (
+            f"Leading zeros are lost, as in a spreadsheet that took ids for numbers: write "
+            f"{text.zfill(8)}, or get the file again and keep its columns as text."
+        )
+    if _SCIENTIFIC.fullmatch(field):
+        return (
+            "A spreadsheet took the id for a number, and digits are lost: get the file again, and "
+            "keep its columns as text."
+        )
+    if _PREFIXED.fullmatch(field):
+        return "Leave 0x away."
+    if _DECIMAL.fullmatch(field) and int(field) < 2**32:
+        return f"If it is a number in decimal digits, write {int(field):08x}."
+    return _remedy(field)
+
+
+_LOST_ZEROS = re.compile(rb"[0-9a-fA-F]{4,7}")  # with fewer digits it is hardly an id
+_SCIENTIFIC = re.compile(rb"[0-9]+([.,][0-9]+)?[eE][+-]?[0-9]+")
+_PREFIXED = re.compile(rb"0[xX][0-9a-fA-F]{8}")
+_DECIMAL = re.compile(rb"[0-9]{9,10}")
+_MISSING_WORDS = (b"na", b"n/a", b"nan", b"nil", b"none", b"null", b"\\n", b"-", b"?")
+
+
+def _remedy(field: bytes) -> str:
+    if field.strip().lower() in _MISSING_WORDS:
+        return "Leave it empty where a value is missing."
+    if field.strip() != field:
+        return "Remove the spaces around it."
+    return ""
 
 
 def shown(field: bytes) -> str:

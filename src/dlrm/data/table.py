@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm.data.row_parser import parse_ids
+from dlrm.data.row_parser import id_remedy, parse_ids
 from dlrm.errors import UserError
 from dlrm.schema import FeatureSchema
 
@@ -46,13 +47,8 @@ def rows_from_table(
             raise UserError(
                 f"rows must come as a pyarrow Table or as columns of equal length by name: {error}."
             ) from error
-    names = schema.feature_names
-    missing = [name for name in names if name not in table.column_names]
-    if missing:
-        raise UserError(
-            f"the table lacks the columns {', '.join(missing)}; expected {', '.join(names)}, got "
-            f"{', '.join(table.column_names) or 'none'}. Add them (null where a value is missing)."
-        )
+    if lacks := lacking(schema.feature_names, table.column_names):
+        raise UserError(f"the table {lacks}")
     dense = np.empty((table.num_rows, len(schema.dense)), np.int32)
     for column, dense_feature in enumerate(schema.dense):
         integers = _integers(table.column(dense_feature.name), dense_feature.name)
@@ -64,34 +60,81 @@ def rows_from_table(
         chunks = table.column(feature.name)
         if pa.types.is_dictionary(chunks.type):
             chunks = chunks.cast(chunks.type.value_type)
-        if pa.types.is_string(chunks.type) or pa.types.is_large_string(chunks.type):
+        if any(is_text(chunks.type) for is_text in _TEXTS):
             values[:, column] = _hexadecimal(chunks, feature.name, first_row)
         else:
-            integers = _integers(chunks, feature.name)
+            integers = _integers(
+                chunks, feature.name, "strings of 8 hexadecimal digits, or integers"
+            )
             outside = (integers < 0) | (integers >= 2**32)
             _refuse(outside, integers, feature.name, "0 … 2**32-1", first_row)
             values[:, column] = integers
     return dense, values
 
 
-def _integers(chunks: pa.ChunkedArray, name: str) -> npt.NDArray[np.int64]:
+def lacking(
+    names: Sequence[str], present: Sequence[str], how: str = "with null where a value is missing"
+) -> str:
+    """Say which columns are lacking, and what to do; empty: none is.
+
+    Args:
+        names: Of the columns that are needed.
+        present: Of those that there are.
+        how: To add one.
+    """
+    missing = [name for name in names if name not in present]
+    if not missing:
+        return ""
+    by_key = {_key(name): name for name in present if name not in names}
+    renamed = [f"{by_key[_key(name)]} to {name}" for name in missing if _key(name) in by_key]
+    it = "it" if len(missing) == 1 else "them"
+    plural = "" if len(missing) == 1 else "s"
+    has = f"it has {_few(present)}" if present else "it has none"
+    return f"lacks the column{plural} {_few(missing)} of the model's {len(names)}; {has}. " + (
+        f"Rename {_few(renamed)}; or add {it}, {how}." if renamed else f"Add {it}, {how}."
+    )
+
+
+def _key(name: str) -> str:
+    """Return what names have in common that are easily taken for each other."""
+    return re.sub(r"[\W_]", "", name).casefold()
+
+
+def _few(names: Sequence[str]) -> str:
+    """List names, of many the first and the last."""
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names]
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(shown)
+    return f"{', '.join(shown[: _MOST_NAMES - 2])} … {shown[-1]} ({len(names)} in all)"
+
+
+_MOST_NAMES = 8
+
+
+_ID_TYPES = "strings of 8 hexadecimal digits, or integers"
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def _integers(
+    chunks: pa.ChunkedArray, name: str, expected: str = "integers"
+) -> npt.NDArray[np.int64]:
     kind = chunks.type
     try:
         if pa.types.is_floating(kind):  # pandas writes integers with gaps so, and gaps maybe as NaN
             chunks = pc.if_else(pc.is_nan(chunks), pa.scalar(None, kind), chunks)
         elif not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
-            raise pa.ArrowInvalid("these are no numbers")
+            raise pa.ArrowInvalid("that is no type of integers")
         integers = chunks.cast(pa.int64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(
-            f"column {name} must hold integers, got {kind}: {error}. Convert it."
+            f"column {name} must hold {expected}, got {kind}: {error}. Convert it."
         ) from error
     filled: npt.NDArray[np.int64] = pc.fill_null(integers, _MISSING).to_numpy()
     return filled
 
 
 def _hexadecimal(chunks: pa.ChunkedArray, name: str, first_row: int) -> npt.NDArray[np.uint32]:
-    strings = pc.fill_null(chunks, _MISSING_ID).combine_chunks().cast(pa.large_string())
+    strings = pc.fill_null(chunks.cast(pa.large_string()), _MISSING_ID).combine_chunks()
     values = np.zeros(len(strings), np.uint32)
     bad = pc.binary_length(strings).to_numpy() != _ID_DIGITS
     if not bad.any():
@@ -104,6 +147,11 @@ def _hexadecimal(chunks: pa.ChunkedArray, name: str, first_row: int) -> npt.NDAr
     return values
 
 
+def _shown(value: int | str) -> str:
+    text = repr(value)
+    return text if len(text) <= 42 else f"{text[:40]}…"
+
+
 def _refuse(
     bad: npt.NDArray[np.bool_],
     values: npt.NDArray[np.int64] | pa.Array,
@@ -113,7 +161,9 @@ def _refuse(
 ) -> None:
     if bad.any():
         row = int(np.argmax(bad))
-        got = values[row].as_py() if isinstance(values, pa.Array) else values[row]
+        got = values[row].as_py() if isinstance(values, pa.Array) else values[row].item()
+        remedy = id_remedy(got.encode()) if isinstance(got, str) else ""
         raise UserError(
-            f"row {first_row + row} of column {name}: expected {expected}, got {got!r}. Correct it."
+            f"row {first_row + row} of column {name}: expected {expected}, got {_shown(got)}. "
+            f"{remedy or 'Correct it.'}"
         )

@@ -29,6 +29,8 @@ _BATCH_VALUES = 1 << 20
 """A multiple of 16: Arrow cuts what it writes only to multiples of 64 bytes."""
 _RANGE_VALUES = 8
 """Values in a range of an index, on average: a byte of index for two values."""
+REMEDY = "Prepare the dataset or train the run again."
+"""What to do about a damaged vocabulary of a DATASET or RUN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,9 @@ class Vocabulary:
         )
 
     @staticmethod
-    def read_parts(path: Path, *, mapped: bool = False) -> Iterator[Vocabulary]:
+    def read_parts(
+        path: Path, *, mapped: bool = False, remedy: str = REMEDY
+    ) -> Iterator[Vocabulary]:
         """Read a vocabulary in ranges of ascending values, of 16 MB at most.
 
         Args:
@@ -84,6 +88,7 @@ class Vocabulary:
             mapped: Map it into memory instead: what is not looked at is not read, and processes
                 share what is. The file must stay as it is meanwhile: if it is cut short, looking
                 beyond its end kills the process.
+            remedy: What to do if it is damaged, for messages.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -93,17 +98,14 @@ class Vocabulary:
                 if reader.schema != _COLUMNS:
                     raise UserError(
                         f"{path} has the columns {reader.schema.names}, expected value, id and "
-                        "count with the types of a vocabulary. Prepare the dataset or train the "
-                        "run again."
+                        f"count with the types of a vocabulary. {remedy}"
                     )
                 for number in range(reader.num_record_batches):
                     batch = reader.get_batch(number)
                     batch.validate()
                     yield Vocabulary(*(map(pa.Array.to_numpy, batch.columns)))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path} cannot be read: {error}. Prepare the dataset or train the run again."
-            ) from error
+            raise UserError(f"{path} cannot be read: {error}. {remedy}") from error
 
 
 def write_vocabulary(path: Path, parts: Iterable[Vocabulary]) -> str:
@@ -207,13 +209,16 @@ class Encoder:
             )
 
     @staticmethod
-    def open(folder: Path, schema: FeatureSchema, *, verified: bool = False) -> Encoder:
+    def open(
+        folder: Path, schema: FeatureSchema, *, verified: bool = False, remedy: str = REMEDY
+    ) -> Encoder:
         """Map the vocabularies that lie beside a schema, which must stay as they are from then on.
 
         Args:
             folder: A DATASET, RUN or BUNDLE.
             schema: Its schema.
             verified: Their checksums were compared already.
+            remedy: What to do about a damaged one, for messages.
 
         Raises:
             UserError: A feature has no vocabulary, or the vocabularies are missing, damaged or not
@@ -236,13 +241,12 @@ class Encoder:
                 tables.append(None)
                 continue
             path = folder / "vocabulary" / feature.vocabulary
-            parts = tuple(Vocabulary.read_parts(path, mapped=True))
-            _refuse_damaged(path, parts, feature)
+            parts = tuple(Vocabulary.read_parts(path, mapped=True, remedy=remedy))
+            _refuse_damaged(path, parts, feature, remedy)
             if not verified and (found := sha256(path)) != feature.vocabulary_sha256:
                 raise UserError(
                     f"{path} does not belong to {folder / 'schema.json'}: its SHA-256 is {found}, "
-                    f"expected {feature.vocabulary_sha256}. Prepare the dataset or train the run "
-                    "again."
+                    f"expected {feature.vocabulary_sha256}. {remedy}"
                 )
             tables.append(_Table(parts))
         return Encoder(schema.sparse, tables)
@@ -367,24 +371,22 @@ def values_of_ids(
 _HASHED_TRIED = 1 << 22
 
 
-def _refuse_damaged(path: Path, parts: Sequence[Vocabulary], feature: SparseFeature) -> None:
+def _refuse_damaged(
+    path: Path, parts: Sequence[Vocabulary], feature: SparseFeature, remedy: str
+) -> None:
     """Refuse ids that lead out of a table, and values that cannot be searched."""
     lowest = min((int(part.ids.min()) for part in parts if len(part)), default=0)
     highest = max((int(part.ids.max()) for part in parts if len(part)), default=-1)
     if lowest < 0 or not feature.takes_ids_below(highest + 1):
         raise UserError(
             f"{path} is damaged: its ids are {lowest} … {highest}, and the table of "
-            f"{feature.name} has {feature.num_embeddings} rows. Prepare the dataset or "
-            "train the run again."
+            f"{feature.name} has {feature.num_embeddings} rows. {remedy}"
         )
     last = -1
     for part in parts:
         rises = bool((part.values[1:] > part.values[:-1]).all())
         if len(part) and not (rises and part.values[0] > last):
-            raise UserError(
-                f"{path} is damaged: its values do not ascend. Prepare the dataset or train the "
-                "run again."
-            )
+            raise UserError(f"{path} is damaged: its values do not ascend. {remedy}")
         last = int(part.values[-1]) if len(part) else last
 
 

@@ -37,7 +37,7 @@ from dlrm.loadtest.client import (
 )
 from dlrm.loadtest.server import Server, own_server, server_at
 from dlrm.progress import progress
-from dlrm.runs import hardware, versions
+from dlrm.runs import hardware, measured_on, versions
 from dlrm.schema import FeatureSchema, read_schema
 
 _OUTSTANDING = (4, 16, 64)
@@ -87,7 +87,7 @@ class Point:
     client_cores: float
     """Processor time of the client, a second."""
     server_cores: float | None
-    """Of the server; None: it is not our own."""
+    """Of the server; None: it is on another machine, or somebody else's."""
     failures: dict[str, int]
     """What went wrong, and how often."""
 
@@ -131,21 +131,25 @@ class BenchServeResult:
     def table(self) -> str:
         """Return the figures as text."""
         config = self.config
+        if self.offline.server_cores is None:
+            whose = "client: processor time, in cores (the server's is not to be seen from here)"
+        else:
+            whose = "client and server: processor time, in cores"
         lines = [
             f"{config.scenario}: {self.request_rows:,.0f} rows and "
             f"{self.request_bytes / 1e3:,.1f} kB a request, {config.protocol}, "
             f"{config.encoding}; {self.rows}",
-            ", ".join(f"{name} {value}" for name, value in self.hardware.items())
-            + f", torch {self.versions['torch']}",
+            measured_on(self.hardware, self.versions),
             "",
             f"saturated, {self.offline_outstanding} requests under way: "
             f"{self.offline.rows_per_second:,.0f} rows/s, {self.offline.rate:,.1f} requests/s",
             "",
             f"{'requests/s':>10}{'rows/s':>10}{'p50 ms':>9}{'p90 ms':>9}{'p99 ms':>9}{'refused':>9}"
-            f"{'failed':>8}{'sent late p99':>15}{'client':>8}{'server':>8}",
+            f"{'failed':>8}{'sent late p99':>15}{'client':>8}"
+            + ("" if self.offline.server_cores is None else f"{'server':>8}"),
             *map(_line, self.points),
             "",
-            "client and server: processor time, in cores; late sending counts in the latencies",
+            f"{whose}; late sending counts in the latencies",
         ]
         for held in self.held:
             if held.point is None:
@@ -170,12 +174,12 @@ class BenchServeResult:
 
 
 def _line(point: Point) -> str:
-    server = "-" if point.server_cores is None else f"{point.server_cores:.2f}"
+    server = "" if point.server_cores is None else f"{point.server_cores:8.2f}"
     late = f"{point.late_p99_ms:.1f} ms{' ' if point.kept_up else '*'}"
     return (
         f"{point.rate:10,.1f}{point.rows_per_second:10,.0f}{_ms(point.p50_ms)}{_ms(point.p90_ms)}"
         f"{_ms(point.p99_ms)}{point.refused:9,}{point.failed:8,}{late:>15}"
-        f"{point.client_cores:8.2f}{server:>8}"
+        f"{point.client_cores:8.2f}{server}"
     )
 
 
@@ -278,8 +282,7 @@ def make_payloads(
         requests = (payloads.grpc_request(each, config.model_name, config.encoding)
                     for each in inputs)  # fmt: skip
     else:
-        host = f"{server.host}:{server.port}"
-        requests = (payloads.http_request(each, config.model_name, host, config.encoding)
+        requests = (payloads.http_request(each, config.model_name, server.http, config.encoding)
                     for each in inputs)  # fmt: skip
     bar = progress("requests", count, requests, unit="requests")
     return payloads.write_payloads(file, iter(bar), sizes), origin
@@ -291,7 +294,7 @@ def _raw_rows(
     dataset: Path | None,
     count: int,
     generator: np.random.Generator,
-) -> tuple[payloads.RawRows, str]:
+) -> tuple[payloads.PayloadRows, str]:
     if dataset is None:
         rows = payloads.made_up_rows(schema, model, count, generator)
         return rows, "made-up rows whose values are as frequent as in the model's vocabularies"

@@ -42,8 +42,9 @@ _PAUSE = 0.01
 _AT_ONCE = 32
 """Requests that are sent before answers are looked at, when they are late."""
 ANSWERED, REFUSED, FAILED = 0, 1, 2
-_REFUSALS = (429, 503, 504)
-_REFUSAL_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+REFUSALS = (429, 503, 504)
+"""Statuses for want of room or time."""
+REFUSAL_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 GRPC_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -467,9 +468,6 @@ class _HttpConnection(asyncio.Protocol):
                 self._fail("an answer that is no HTTP/1.1 with a Content-Length")
                 return
             self._status = int(buffer[9:12])
-            if self._status == 100:
-                del buffer[: end + 4]
-                return
             self._closes = _CLOSES.search(buffer, 0, end) is not None
             self._needed = end + 4 + int(length[1])
         if len(buffer) >= self._needed:
@@ -483,7 +481,7 @@ class _HttpConnection(asyncio.Protocol):
                 enough = len(self._buffer) >= 2 * request.rows
                 request.status = ANSWERED if enough else FAILED
                 request.failure = "an answer that is too short"
-            elif self._status in _REFUSALS:
+            elif self._status in REFUSALS:
                 request.status = REFUSED
             else:
                 request.failure = f"status {self._status}: {self._text()}"
@@ -547,7 +545,7 @@ class _Grpc:
             answer = await call(bytes(request.payload))
         except self._error as error:
             name = error.code().name
-            request.status = REFUSED if name in _REFUSAL_CODES else FAILED
+            request.status = REFUSED if name in REFUSAL_CODES else FAILED
             request.failure = f"{name}: {(error.details() or '')[:200]}"
         else:
             enough = len(answer) >= 4 * request.rows

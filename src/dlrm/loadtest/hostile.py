@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm.loadtest import payloads
-from dlrm.loadtest.client import GRPC_METHOD
+from dlrm.loadtest.client import GRPC_METHOD, REFUSAL_CODES, REFUSALS
 from dlrm.loadtest.server import Server
 from dlrm.prediction import load
 from dlrm.progress import progress
@@ -41,7 +41,6 @@ _ANSWER_SECONDS = 60.0
 _MOST_COMPLAINTS = 20
 _SAMPLES = 50
 """How often memory is looked at."""
-_REFUSALS = (429, 503, 504)
 _GOOD_CODES = (
     "INVALID_ARGUMENT",
     "NOT_FOUND",
@@ -50,7 +49,6 @@ _GOOD_CODES = (
     "RESOURCE_EXHAUSTED",
 )
 """Of gRPC, for hostile requests; a message that is too large exhausts resources."""
-_REFUSAL_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 
 
 @dataclass
@@ -122,7 +120,7 @@ class HostileLoad:
         self._server = server
         self._name = model_name
         self._max_body = max_body
-        self._host = f"{server.host}:{server.port}"
+        self._host = server.http
         self._path = f"/v2/models/{model_name}/infer"
         self._random = np.random.default_rng(seed)
         self._good = _good_requests(model, self._random)
@@ -200,7 +198,7 @@ class HostileLoad:
         message = payloads.grpc_request(good.inputs, self._name, encoding)
         code, details, answer = await self._ask_grpc(message)
         self._count("good gRPC", code)
-        if code in _REFUSAL_CODES:
+        if code in REFUSAL_CODES:
             self._result.good_refused += 1
         elif code != "OK":
             self._complain("good gRPC", f"{code} {details}")
@@ -213,7 +211,7 @@ class HostileLoad:
         self._count(kind, "closed" if answer is None else str(answer.status))
         if answer is None:
             self._complain(kind, "the connection was closed without an answer")
-        elif answer.status in _REFUSALS:
+        elif answer.status in REFUSALS:
             self._result.good_refused += 1
         elif answer.status != 200:
             self._complain(kind, f"status {answer.status}: {answer.body[:200]!r}")
@@ -375,6 +373,27 @@ class HostileLoad:
         )[choice]
         await self._refused("no HTTP", data, may_close=True)
 
+    async def broken_body(self) -> None:
+        """A body that is packed or sent otherwise than its headers tell, or than anybody offers."""
+        body = self._body()
+        packed = gzip.compress(body, 1)
+        cut = packed[: self._below(len(packed))]
+        encoded = "Content-Encoding: gzip"
+        chunked = self._lines("Transfer-Encoding: chunked") + b"%x\r\n%b\r\n" % (len(body), body)
+        data = (
+            self._post(cut, encoded),
+            self._post(packed + b"?", encoded),
+            self._post(body, encoded),
+            self._post(packed, f"{encoded}, gzip"),
+            self._post(packed, "Content-Encoding: br"),
+            self._post(body, "Expect: the unexpected"),
+            chunked + b"no number\r\n",
+            chunked.replace(b"chunked", b"gzip, chunked", 1) + b"0\r\n\r\n",
+            self._lines("Transfer-Encoding: chunked", f"Content-Length: {len(body)}") + body,
+            self._lines(f"Content-Length: {len(body)}", "Content-Length: 3") + body,
+        )[self._below(10)]
+        await self._refused("broken body", data)
+
     # Hostile ones over gRPC.
 
     async def bad_grpc(self) -> None:
@@ -453,7 +472,7 @@ class HostileLoad:
             if not may_close:
                 self._complain(kind, f"the connection was closed without an answer: {data[:200]!r}")
             return
-        if answer.status in _REFUSALS:
+        if answer.status in REFUSALS:
             return
         told = b'"error"' in answer.body and b"Traceback" not in answer.body
         if not 400 <= answer.status < 500 or not told:
@@ -472,7 +491,7 @@ class HostileLoad:
     async def _refused_grpc(self, kind: str, message: bytes) -> None:
         code, details, _ = await self._ask_grpc(message)
         self._count(kind, code)
-        if code not in (*_GOOD_CODES, *_REFUSAL_CODES) or "Traceback" in details:
+        if code not in (*_GOOD_CODES, *REFUSAL_CODES) or "Traceback" in details:
             self._complain(kind, f"{code} {details[:200]}, to {message[:100]!r}")
 
 
@@ -483,7 +502,7 @@ def _good_requests(model: Path, generator: np.random.Generator) -> list[_Good]:
     rows = payloads.made_up_rows(schema, model, int(sizes.sum()), generator)
     unknown = generator.random(rows.values.shape) < _UNKNOWN_SHARE
     others = generator.integers(0, 2**32, rows.values.shape, dtype=np.uint32)
-    rows = payloads.RawRows(rows.dense, np.where(unknown, others, rows.values))
+    rows = payloads.PayloadRows(rows.dense, np.where(unknown, others, rows.values))
     found = []
     for number, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
         some = rows[int(end - size) : int(end)]
@@ -535,6 +554,7 @@ _KINDS: dict[str, tuple[_Kind, float]] = {
     "wrong tensors": (HostileLoad.wrong_tensors, 16),
     "truncated binary": (HostileLoad.truncated_binary, 12),
     "huge body": (HostileLoad.huge_body, 1),
+    "broken body": (HostileLoad.broken_body, 8),
     "slow client": (HostileLoad.slow_client, 1),
     "dropped connection": (HostileLoad.dropped_connection, 8),
     "no HTTP": (HostileLoad.no_http, 5),

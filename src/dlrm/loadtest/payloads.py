@@ -39,7 +39,7 @@ Encoding = Literal["binary", "json"]
 
 
 @dataclass(frozen=True, eq=False)
-class RawRows:
+class PayloadRows:
     """n rows as they are in logs.
 
     Attributes:
@@ -54,9 +54,9 @@ class RawRows:
         """Return n."""
         return len(self.dense)
 
-    def __getitem__(self, rows: slice) -> RawRows:
+    def __getitem__(self, rows: slice) -> PayloadRows:
         """Return some of the rows."""
-        return RawRows(self.dense[rows], self.values[rows])
+        return PayloadRows(self.dense[rows], self.values[rows])
 
 
 def sample_sizes(count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -64,7 +64,9 @@ def sample_sizes(count: int, generator: np.random.Generator) -> npt.NDArray[np.i
     return generator.choice(np.array(SAMPLE_SIZES), count, p=SAMPLE_SHARES)
 
 
-def stored_rows(data: Dataset, folder: Path, count: int, generator: np.random.Generator) -> RawRows:
+def stored_rows(
+    data: Dataset, folder: Path, count: int, generator: np.random.Generator
+) -> PayloadRows:
     """Return rows of a DATASET's test split in any order, as before preparation, or encoded alike.
 
     Args:
@@ -90,12 +92,12 @@ def stored_rows(data: Dataset, folder: Path, count: int, generator: np.random.Ge
         if not feature.hash_buckets:
             vocabulary = Vocabulary.read(folder / "vocabulary" / feature.vocabulary)
         values[:, column], _ = values_of_ids(feature, vocabulary, ids)
-    return RawRows(rows.dense.astype(np.int32), values)
+    return PayloadRows(rows.dense.astype(np.int32), values)
 
 
 def made_up_rows(
     schema: FeatureSchema, folder: Path, count: int, generator: np.random.Generator
-) -> RawRows:
+) -> PayloadRows:
     """Make up rows whose values are as frequent as the vocabularies tell, each independently.
 
     Args:
@@ -111,7 +113,7 @@ def made_up_rows(
     for column, feature in enumerate(schema.sparse):
         values[:, column] = _drawn_values(feature, folder, count, generator)
     dense = np.floor(generator.exponential(_MEAN_DENSE, (count, len(schema.dense))))
-    return RawRows(dense.astype(np.int32), values)
+    return PayloadRows(dense.astype(np.int32), values)
 
 
 def _drawn_values(
@@ -172,7 +174,7 @@ def _hexadecimal(values: npt.NDArray[np.uint32]) -> bytes:
     return values.astype(">u4").tobytes().hex().encode()
 
 
-def tensors(schema: FeatureSchema, rows: RawRows, user_share: float) -> list[Tensor]:
+def tensors(schema: FeatureSchema, rows: PayloadRows, user_share: float) -> list[Tensor]:
     """Return the inputs of a request.
 
     Args:
@@ -196,13 +198,13 @@ def tensors(schema: FeatureSchema, rows: RawRows, user_share: float) -> list[Ten
     return found
 
 
-def with_one_user(rows: RawRows, user_share: float) -> RawRows:
+def with_one_user(rows: PayloadRows, user_share: float) -> PayloadRows:
     """Return the rows that a request of ``tensors`` asks for, each with the user's features."""
     dense, values = rows.dense.copy(), rows.values.copy()
     for columns in (dense, values):
         of_user = round(user_share * columns.shape[1])
         columns[:, :of_user] = columns[0, :of_user]
-    return RawRows(dense, values)
+    return PayloadRows(dense, values)
 
 
 def prepared_tensors(batch: Batch) -> list[Tensor]:

@@ -8,17 +8,18 @@ computes the metrics. A pipe gets its rows at once, and nothing is kept.
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +29,12 @@ from dlrm.config import InputFormat, OutputFormat, size_bytes
 from dlrm.data.raw_rows import RawRows
 from dlrm.device import lone_threads
 from dlrm.errors import UserError
-from dlrm.files import atomic_write, locked
+from dlrm.files import atomic_write, environment_faults, locked
 from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.ops.library import library
 from dlrm.predicting.inputs import PIPE, Input, open_input
 from dlrm.predicting.outputs import find_format, write_rows
-from dlrm.predicting.work import Work
+from dlrm.predicting.work import Work, is_complete, remove_remains, work_folder
 from dlrm.prediction import Predictor
 from dlrm.progress import progress
 from dlrm.version import __version__
@@ -86,8 +87,9 @@ def predict_file(
     """Score raw rows, in memory that does not grow with their number.
 
     What a process was doing that was killed, or that a signal or a full disk ended, is gone on
-    with, if it is the same model and input: the output is the same, byte for byte. A pipe cannot be
-    gone on with.
+    with, if probabilities depend on nothing else now: the output is the same, byte for byte. Where
+    it was written already, and only what it was made from had to be removed, that is done. A pipe
+    cannot be gone on with.
 
     Args:
         predictor: The model.
@@ -98,10 +100,12 @@ def predict_file(
         output_format: Of the output; "auto": what its name says, else CSV.
         first_id: The first row's Id; None: 60000000 for rows of Criteo's format without a label, as
             in Kaggle's submissions, else 0.
-        overwrite: Replace an output that is there already.
+        overwrite: Replace an output that is there already, and begin anew what was interrupted if
+            it was another prediction.
 
     Raises:
-        UserError: A row is malformed, the output is there already, or its folder is not.
+        UserError: A row is malformed, the output is there already, or its folder is not; or another
+            prediction of the same output was interrupted.
         EnvironmentFaultError: The disk is full or read-only.
     """
     if first_id is not None and not 0 <= first_id < 1 << 62:
@@ -110,10 +114,12 @@ def predict_file(
     with open_input(source, predictor.schema, input_format) as opened:
         if output == PIPE:
             return Prediction(predictor, opened, output_format, first_id).into_pipe()
-        _refuse_output(source, output, overwrite=overwrite)
+        _refuse_output(source, output)
+        if output.exists() and not overwrite and not work_folder(output).exists():
+            raise _taken(output)
         with locked(output, "output"):
             prediction = Prediction(predictor, opened, output_format, first_id)
-            return prediction.into_file(output)
+            return prediction.into_file(output, overwrite=overwrite)
 
 
 def score(predictor: Predictor, blocks: Iterator[RawRows]) -> Iterator[ScoredRows]:
@@ -182,13 +188,16 @@ class Prediction:
             _tell_speed(rows, started)
             return self._summary(rows, unknown, accumulator.metrics() if labelled else None)
 
-    def into_file(self, output: Path) -> PredictionSummary:
+    def into_file(self, output: Path, *, overwrite: bool) -> PredictionSummary:
         """Score all rows that are not scored yet, then write the output."""
         begun_with = self._begun_with()
-        with Work(output, begun_with) as work:
+        if output.exists() and not overwrite:
+            return self._written_already(output, begun_with)
+        with Work(output, begun_with, anew=overwrite) as work:
             try:
                 self._score_into(work)
-                summary = self._write(work, output)
+                with atomic_write(output) as file:
+                    summary = self._write(work, file, output)
             except UserError:
                 work.remove()
                 raise
@@ -196,21 +205,41 @@ class Prediction:
                 if begun_with is None:
                     with suppress(OSError):
                         work.remove()
-                elif not work.journal.complete:
+                    raise
+                if not work.journal.complete:
                     with suppress(Exception):  # what failed is told, not what it brought about
                         work.save()
+                logger.warning("%s is unfinished. To go on: repeat the same command.", output)
                 raise
             work.remove()
         return summary
 
+    def _written_already(
+        self, output: Path, begun_with: Mapping[str, str] | None
+    ) -> PredictionSummary:
+        """Remove what a process left that was killed when it had written the output.
+
+        Raises:
+            UserError: It has not: the output is another.
+        """
+        remove_remains(output)
+        if not is_complete(output, begun_with):
+            raise _taken(output)
+        with Work(output, begun_with) as work:
+            again = work.folder / "again"
+            with environment_faults(f"write {again}"), open(again, "wb") as file:
+                summary = self._write(work, file, output)
+            with environment_faults(f"read {output}"):
+                is_same = filecmp.cmp(again, output, shallow=False)
+            if not is_same:
+                again.unlink()
+                raise _taken(output)
+            work.remove()
+        logger.info("%s is written already; %s is removed", output, work.folder)
+        return summary
+
     def _score_into(self, work: Work) -> None:
         before = work.journal.position.row
-        if work.differences:
-            logger.warning(
-                "%s holds an interrupted prediction that differs in %s; it is begun anew",
-                work.folder,
-                ", ".join(work.differences),
-            )
         if before:
             logger.info("going on after %d rows that are scored already", before)
         if work.journal.complete:
@@ -227,13 +256,13 @@ class Prediction:
         work.save(complete=True)
         _tell_speed(work.journal.position.row - before, started)
 
-    def _write(self, work: Work, output: Path) -> PredictionSummary:
+    def _write(self, work: Work, file: IO[bytes], output: Path) -> PredictionSummary:
+        """Write all rows into a file, which is or becomes the output."""
         journal = work.journal
         labelled = bool(journal.labelled)
         packed = output.suffix == ".gz"
         with (
             self._metrics(output.parent) as accumulator,
-            atomic_write(output) as file,
             write_rows(file, self._output_format, self._first(labelled), packed=packed) as writer,
         ):
             for probabilities, labels in work.read():
@@ -249,7 +278,7 @@ class Prediction:
         if not self._predictor.identity or not self._source.identity:
             return None
         return {
-            "the model": self._predictor.identity,
+            **self._predictor.identity,
             "the input": f"{self._source.identity} {self._source.format}",
             "versions": f"dlrm {__version__}, torch {torch.__version__}",
             "kernels": f"{library().loaded} {torch.backends.cpu.get_cpu_capability()} "
@@ -289,7 +318,7 @@ def _tell_speed(rows: int, started: float) -> None:
     logger.info("scored %d rows in %.1f s: %.0f rows/s", rows, seconds, rows / seconds)
 
 
-def _refuse_output(source: Path, output: Path, *, overwrite: bool) -> None:
+def _refuse_output(source: Path, output: Path) -> None:
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is not a folder, so {output} cannot be written. Make it.")
     if not output.exists():
@@ -300,8 +329,10 @@ def _refuse_output(source: Path, output: Path, *, overwrite: bool) -> None:
         raise UserError(
             f"{output} exists and is not a file, so it is not replaced. Choose another."
         )
-    if not overwrite:
-        raise UserError(
-            f"{output} is there already, and is not overwritten. Choose another output, or replace "
-            "it with --overwrite."
-        )
+
+
+def _taken(output: Path) -> UserError:
+    return UserError(
+        f"{output} is there already, and is not overwritten. Choose another output, or replace it "
+        "with --overwrite."
+    )

@@ -16,7 +16,7 @@ from typing import IO, cast
 from dlrm.config import InputFormat
 from dlrm.data import criteo
 from dlrm.data.criteo import Position
-from dlrm.data.csv_rows import read_csv_blocks, read_header
+from dlrm.data.csv_rows import names_features, read_csv_blocks
 from dlrm.data.lines import GZIP
 from dlrm.data.parquet_rows import MAGIC, count_rows, read_parquet_blocks
 from dlrm.data.raw_rows import RawRows
@@ -123,7 +123,7 @@ def recognise(head: bytes, name: str, schema: FeatureSchema) -> InputFormat:
         with suppress(zlib.error):  # reading it will say what is wrong
             head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD_BYTES)
     line = head.partition(b"\n")[0]
-    if read_header(line, schema) is not None:
+    if names_features(line, schema):
         return "csv"
     if line.count(b"\t") + 1 in criteo.FIELDS:
         return "criteo"

@@ -8,6 +8,7 @@ process that was killed, and is cut off.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -25,6 +26,9 @@ from dlrm.data.criteo import Position
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, environment_faults, open_to_append, read_json, write_json
 
+logger = logging.getLogger("dlrm")
+
+JOURNAL = "journal.json"
 _READ_ROWS = 1 << 18
 
 
@@ -45,6 +49,11 @@ class Journal:
     format_version: str = FORMAT_VERSION
 
 
+def work_folder(output: Path) -> Path:
+    """Return where the work for an output lies, if there is any."""
+    return output.with_name(f".{output.name}.work")
+
+
 class Work:
     """The folder, open to append to.
 
@@ -52,19 +61,39 @@ class Work:
         output: What the prediction is for.
         begun_with: What the probabilities depend on; None: that is not known, so that nothing can
             be gone on with.
+        anew: Whether rows that are scored otherwise are scored again; else they are refused.
         seconds: After so many a journal is written.
 
     Attributes:
         journal: Of all rows that were added.
-        differences: What was begun with otherwise, if something else was begun.
+
+    Raises:
+        UserError: There are rows that are scored otherwise.
+        EnvironmentFaultError: The disk is full or read-only.
     """
 
     def __init__(
-        self, output: Path, begun_with: Mapping[str, str] | None, *, seconds: float = 5.0
+        self,
+        output: Path,
+        begun_with: Mapping[str, str] | None,
+        *,
+        anew: bool = False,
+        seconds: float = 5.0,
     ) -> None:
-        self.folder = output.with_name(f".{output.name}.work")
-        self.differences: list[str] = []
-        found = self._found(dict(begun_with)) if begun_with is not None else None
+        self.folder = work_folder(output)
+        found = _usable(self.folder)
+        if found and (differences := find_differences(found.begun_with, begun_with)):
+            told = (
+                f"{self.folder} holds {found.position.row} rows of an interrupted prediction of "
+                f"{output} that differs in {', '.join(differences)}"
+            )
+            if not anew:
+                raise UserError(
+                    f"{told}. To go on with it, give what it was begun with; to begin anew, "
+                    "--overwrite."
+                )
+            logger.warning("%s; it is begun anew", told)
+            found = None
         self.journal = found or Journal(dict(begun_with or {}))
         self._seconds = seconds
         self._saved = time.monotonic()
@@ -132,7 +161,7 @@ class Work:
                 file.flush()
                 os.fsync(file.fileno())
         journal = replace(self.journal, complete=complete)
-        write_json(self.folder / "journal.json", journal)
+        write_json(self.folder / JOURNAL, journal)
         self.journal = journal
         self._saved = time.monotonic()
 
@@ -160,29 +189,61 @@ class Work:
             self._files.close()
         with environment_faults(f"write to {self.folder}"):
             # Without a journal the rest means nothing, should this be interrupted.
-            (self.folder / "journal.json").unlink(missing_ok=True)
+            (self.folder / JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
-
-    def _found(self, begun_with: dict[str, str]) -> Journal | None:
-        """Return the journal of an interrupted prediction, if this one goes on with it."""
-        try:
-            journal = read_json(self.folder / "journal.json", Journal, "prediction")
-        except UserError:
-            return None
-        self.differences = [
-            name
-            for name in sorted(begun_with | journal.begun_with)
-            if begun_with.get(name) != journal.begun_with.get(name)
-        ]
-        rows = journal.position.row
-        sizes = {"probabilities": 4 * rows, "labels": rows if journal.labelled else 0}
-        if self.differences or not all(
-            (self.folder / name).exists() and (self.folder / name).stat().st_size >= size
-            for name, size in sizes.items()
-        ):
-            return None
-        return journal
 
     def _append(self, name: str, size: int) -> IO[bytes]:
         with environment_faults(f"write to {self.folder}"):
             return self._files.enter_context(open_to_append(self.folder / name, size))
+
+
+def is_complete(output: Path, begun_with: Mapping[str, str] | None) -> bool:
+    """Tell whether all rows for an output are scored, in just this way."""
+    journal = _usable(work_folder(output))
+    return bool(
+        journal and journal.complete and not find_differences(journal.begun_with, begun_with)
+    )
+
+
+def remove_remains(output: Path) -> None:
+    """Remove what a process left that was killed while it removed its work: nothing is usable."""
+    folder = work_folder(output)
+    if not (folder / JOURNAL).exists():
+        with environment_faults(f"write to {folder}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_differences(begun: Mapping[str, str], asked: Mapping[str, str] | None) -> list[str]:
+    """Tell what a prediction was begun with otherwise.
+
+    Args:
+        begun: What it was begun with.
+        asked: What is asked for; None: a pipe, which is another each time.
+    """
+    if asked is None:
+        return ["the input"]
+    differences = []
+    for name in sorted(begun.keys() | asked.keys()):
+        before, now = begun.get(name, ""), asked.get(name, "")
+        if before != now:
+            is_short = 0 < len(before) <= _SHOWN and 0 < len(now) <= _SHOWN
+            differences.append(f"{name} ({before}, now {now})" if is_short else name)
+    return differences
+
+
+_SHOWN = 40
+
+
+def _usable(folder: Path) -> Journal | None:
+    """Return the journal of a folder; None: there are no rows in it that it tells of."""
+    try:
+        journal = read_json(folder / JOURNAL, Journal, "prediction")
+    except UserError:
+        return None
+    rows = journal.position.row
+    sizes = {"probabilities": 4 * rows, "labels": rows if journal.labelled else 0}
+    is_whole = all(
+        (folder / name).exists() and (folder / name).stat().st_size >= size
+        for name, size in sizes.items()
+    )
+    return journal if rows and is_whole else None

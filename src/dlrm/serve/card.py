@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from dlrm.bundles import Bundle, BundleInfo, is_bundle
+from dlrm.bundles import Bundle, BundleInfo
 from dlrm.errors import UserError
 from dlrm.files import read_json
 from dlrm.prediction import Predictor
@@ -65,20 +65,22 @@ class Card:
     headline: str
     dlrm_version: str
     takes_raw_rows: bool
+    most_rows: int
+    """Of a request."""
     features: Sequence[CardFeature]
     examples: Sequence[CardExample]
     facts: Sequence[tuple[str, str]]
     metrics: CardTable
 
 
-def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card:
+def read_card(predictor: Predictor, name: str, version: str, most_rows: int) -> Card:
     """Read the card of what is served.
 
     Args:
-        path: A BUNDLE or RUN.
-        predictor: What was loaded from it.
+        predictor: What was loaded.
         name: What clients call it.
         version: Its version.
+        most_rows: Of a request.
 
     Raises:
         UserError: A file of it is damaged.
@@ -95,11 +97,12 @@ def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card
         ("Rows were split", schema.split_rule),
     ]
     examples: list[CardExample] = []
-    if is_bundle(path):
-        bundle = Bundle.open(path, verified=True)  # loading it has compared the checksums
-        result = bundle.info.trained.result
-        facts += _facts_of_bundle(bundle.info)
-        stored = bundle.examples()
+    opened = predictor.opened
+    path = opened.path
+    if isinstance(opened, Bundle):
+        result = opened.info.trained.result
+        facts += _facts_of_bundle(opened.info)
+        stored = opened.examples()
         if stored.raw:
             examples = [CardExample(each.features, each.label) for each in stored.rows]
     else:
@@ -127,6 +130,7 @@ def read_card(path: Path, predictor: Predictor, name: str, version: str) -> Card
         headline=headline,
         dlrm_version=__version__,
         takes_raw_rows=schema.takes_raw_rows,
+        most_rows=most_rows,
         features=[
             *(CardFeature(each.name, "dense") for each in schema.dense),
             *(CardFeature(each.name, "sparse") for each in schema.sparse),

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import re
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
+from aiohttp.http import RawRequestMessage
 
 from dlrm.config import size_bytes
 from dlrm.serve.access import AccessLog
@@ -24,6 +26,9 @@ _BINARY = "application/octet-stream"
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _PACK_BYTES = 1024
 """Answers of more bytes are compressed for clients that ask for it."""
+
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""Of the encodings of bodies, zlib's name for their formats."""
 
 _ARRIVAL_SECONDS = 0.2
 """In which a request arrives whose connection was accepted last."""
@@ -59,6 +64,7 @@ class Http:
         method = "other"
         try:
             method, handler, found = _route(request)
+            _refuse_expectations(request)
             response = await handler(self, request, found)
         except RefusedError as error:
             response = _refusal(error)
@@ -81,17 +87,30 @@ class Http:
         """Read the body of a request, unpacked.
 
         Raises:
-            RefusedError: It is too large (413), comes too slowly (408), or is damaged.
+            RefusedError: It is too large (413), comes too slowly (408), is packed or sent otherwise
+                than is offered (415), or is damaged.
         """
         limit = self._max_body
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
-        if request.headers.get("Expect", "").lower() == "100-continue":
+        encoding = _header(request, "Content-Encoding").lower()
+        if encoding not in ("", "identity", *_WINDOW_BITS):
+            raise RefusedError(
+                415,
+                f"the body's Content-Encoding is {encoding[:40]!r}; expected gzip, deflate or "
+                "none.",
+            )
+        transfer = _header(request, "Transfer-Encoding").lower()
+        if transfer not in ("", "chunked"):
+            raise RefusedError(
+                415, f"the Transfer-Encoding is {transfer[:40]!r}; expected chunked or none."
+            )
+        if _header(request, "Expect") and request.version >= HttpVersion11:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         try:
             async with asyncio.timeout(self._service.config.read_timeout):
-                return await request.read()
+                body = await request.read()
         except web.HTTPRequestEntityTooLarge as error:
             raise _too_large(limit) from error
         except TimeoutError as error:
@@ -100,9 +119,10 @@ class Http:
                 f"the body did not arrive within {self._service.config.read_timeout:g} seconds.",
             ) from error
         except web.RequestPayloadError as error:
-            raise wrong(
-                "the body is damaged: its encoding is not what its headers tell."
-            ) from error
+            raise wrong(str(error)) from error
+        if encoding in _WINDOW_BITS:
+            return await asyncio.to_thread(_unpacked, body, encoding, limit)
+        return body
 
     async def live(self, request: web.BaseRequest, found: dict[str, str]) -> web.Response:
         """Whether the process runs."""
@@ -132,10 +152,10 @@ class Http:
         """The model's answer."""
         model = self._service.find(found["model"], found["version"])
         body = await self._body(request)
-        length = request.headers.get(_HEADER_LENGTH)
-        if length is not None and not re.fullmatch(r"[0-9]{1,12}", length):
+        length = _header(request, _HEADER_LENGTH)
+        if not re.fullmatch(r"[0-9]{0,12}", length):
             raise wrong(f"{_HEADER_LENGTH} must be a number of bytes; got {length[:40]!r}.")
-        header = None if length is None else int(length)
+        header = int(length) if length else None
         size = len(body) if header is None else header + len(body) // 8
         answer = await self._service.infer(model, partial(read_http, body, header), size)
         content, json_length = write_http(answer)
@@ -212,10 +232,54 @@ def _route(request: web.BaseRequest) -> tuple[str, Handler, dict[str, str]]:
         if match := path.fullmatch(request.path):
             if request.method == verb or (request.method == "HEAD" and verb == "GET"):
                 return name, handler, match.groupdict(default="")
-            verbs.append(verb)
+            verbs += [verb, "HEAD"] if verb == "GET" else [verb]
     if verbs:
-        raise RefusedError(405, f"{request.path[:200]} takes {', '.join(verbs)} alone.")
+        message = f"{request.path[:200]} takes {' and '.join(verbs)} alone."
+        raise RefusedError(405, message, allow=verbs)
     raise RefusedError(404, f"there is nothing at {request.path[:200]}.")
+
+
+def _header(request: web.BaseRequest, name: str) -> str:
+    """Return the value of a header; of one that comes several times, the list of its values."""
+    return ", ".join(request.headers.getall(name, ())).strip()
+
+
+def _refuse_expectations(request: web.BaseRequest) -> None:
+    expected = _header(request, "Expect")
+    if expected.lower() not in ("", "100-continue"):
+        raise RefusedError(
+            417, f"the request expects {expected[:40]!r} of the server; it offers 100-continue."
+        )
+
+
+def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """Return a body unpacked.
+
+    Args:
+        body: As it came.
+        encoding: One of ``_WINDOW_BITS``.
+        limit: Bytes that it may have.
+
+    Raises:
+        RefusedError: It has more (413), or is damaged.
+    """
+    bits = _WINDOW_BITS[encoding]
+    if encoding == "deflate" and body[:1] and body[0] & 15 != zlib.DEFLATED:
+        bits = -bits  # the bare format, which some send by that name
+    unpacks = zlib.decompressobj(bits)
+    try:
+        content = unpacks.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise wrong(f"the body is damaged, it is no {encoding}: {error}.") from error
+    if len(content) > limit:
+        raise _too_large(limit)
+    if not unpacks.eof:
+        raise wrong(f"the body is cut off: its {encoding} has no end.")
+    if unpacks.unused_data:
+        raise wrong(
+            f"the body has {len(unpacks.unused_data)} bytes behind the end of its {encoding}."
+        )
+    return content
 
 
 def _options(body: bytes) -> dict[str, Any]:
@@ -235,6 +299,8 @@ def _refusal(error: RefusedError) -> web.Response:
     response = _answer({"error": str(error)}, error.status)
     if error.retry_after:
         response.headers["Retry-After"] = str(error.retry_after)
+    if error.allow:
+        response.headers["Allow"] = ", ".join(error.allow)
     if error.status in (408, 413):
         response.force_close()
     return response
@@ -244,8 +310,28 @@ def _too_large(limit: int) -> RefusedError:
     return RefusedError(413, f"the body is larger than {limit} bytes. Send several requests.")
 
 
+def _no_http(fault: str) -> str:
+    """Return what a client is told of what the parser found: its words, and where."""
+    lines = [line.strip() for line in fault.splitlines()]
+    shown = " ".join(line for line in lines if line not in ("", "^", "b''"))
+    return f"this cannot be read as HTTP: {shown[:300].rstrip(':')}."
+
+
 class _Connection(web.RequestHandler):
     """A connection whose failures are told as the protocol tells them."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; a body in which they cannot be read any more has failed."""
+        super().data_received(data)
+        # aiohttp tells of a fault when what came before it is answered, which would wait for the
+        # rest of its body.
+        if self._messages and not isinstance(fault := self._messages[-1][0], RawRequestMessage):
+            bodies = [body for _, body in self._messages]
+            if self._current_request is not None:
+                bodies.append(self._current_request.content)
+            for body in bodies:
+                if not body.is_eof():
+                    body.set_exception(web.RequestPayloadError(_no_http(fault.message)))
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """Log what ended a connection, unless a client sent it."""
@@ -264,7 +350,7 @@ class _Connection(web.RequestHandler):
         if status >= 500 and exc is not None:
             text = log_failure("a connection", exc)
         else:
-            text = "this is not HTTP, or its headers are too long."
+            text = _no_http(message or "")
         response = _answer({"error": text}, status)
         response.force_close()
         return response
@@ -292,6 +378,8 @@ class _Server(web.Server):
             logger=logging.getLogger("dlrm.http"),
             lingering_time=1.0,
             max_headers=64,
+            # aiohttp's takes gzip that is cut off, and other encodings by what is installed.
+            auto_decompress=False,
         )
 
     async def end(self, timeout: float) -> None:

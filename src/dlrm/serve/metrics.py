@@ -37,7 +37,7 @@ class Metrics:
         )
         self._seconds = prometheus.Histogram(
             "dlrm_request_seconds",
-            "From the last byte of an infer request to its answer.",
+            "From an infer request's head (gRPC: its message) to its answer.",
             ("protocol",),
             buckets=_LATENCY_BUCKETS,
             registry=own,

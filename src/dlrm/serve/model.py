@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dlrm.bundles import BUNDLE, is_bundle
+from dlrm.bundles import Bundle
 from dlrm.data.batch import Batch, make_batch
 from dlrm.model.score import Scorer
 from dlrm.prediction import Predictor, load
+from dlrm.runs import Run
 from dlrm.serve.card import Card, read_card
 from dlrm.serve.protocol import RefusedError
 from dlrm.serve.rows import Reader, Rows
@@ -79,8 +80,8 @@ class ServedModel:
             EnvironmentFaultError: Memory ran out.
         """
         predictor = load(path, verified=verified)
-        version = _version(path)
-        card = read_card(path, predictor, name, version)
+        version = _version(predictor.opened)
+        card = read_card(predictor, name, version, most_rows)
         return ServedModel(predictor, name, version, most_rows, card)
 
     def refuse_other(self, name: str, version: str) -> None:
@@ -171,15 +172,15 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     return Batch(dense_features, flat, None, torch.cat(offsets))
 
 
-def _version(path: Path) -> str:
+def _version(opened: Run | Bundle) -> str:
     """Return what tells a model from others.
 
     A digest of all of a BUNDLE; of a RUN of its schema and its checkpoint's header.
     """
-    if is_bundle(path):
-        return hashlib.sha256((path / BUNDLE).read_bytes()).hexdigest()[:12]
-    digest = hashlib.sha256((path / "schema.json").read_bytes())
-    with open(path / "checkpoints" / "best.safetensors", "rb") as file:
+    if isinstance(opened, Bundle):
+        return opened.info.sha256[:12]
+    digest = hashlib.sha256((opened.path / "schema.json").read_bytes())
+    with open(opened.checkpoint("best"), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         digest.update(file.read(min(length, 1 << 24)))
     return digest.hexdigest()[:12]

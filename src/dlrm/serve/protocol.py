@@ -47,14 +47,18 @@ class RefusedError(Exception):
         status: Of HTTP; 400 where the request is wrong.
         message: For the client.
         retry_after: Seconds after which another try makes sense; 0: it does not.
+        allow: Methods of HTTP that the path takes, where it does not take that of the request.
     """
 
-    def __init__(self, status: int, message: str, retry_after: int = 0) -> None:
+    def __init__(
+        self, status: int, message: str, retry_after: int = 0, allow: Sequence[str] = ()
+    ) -> None:
         # A path that is no UTF-8 could not be answered.
         shown = message[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace").decode()
         super().__init__(shown)
         self.status = status
         self.retry_after = retry_after
+        self.allow = allow
 
 
 def wrong(message: str) -> RefusedError:
@@ -166,7 +170,7 @@ def read_http(body: bytes, header_length: int | None) -> InferRequest:
         if size is None:
             tensor = _from_json(each, shape)
         else:
-            if not isinstance(size, int) or not 0 <= size <= len(body) - start or each.data:
+            if type(size) is not int or not 0 <= size <= len(body) - start or each.data:
                 raise wrong(
                     f"input {each.name!r} has a binary_data_size of {_shown(size)}"
                     + (" beside data." if each.data else "")
@@ -181,11 +185,12 @@ def read_http(body: bytes, header_length: int | None) -> InferRequest:
             "Inference-Header-Content-Length right?"
         )
     binary = _flag(request.parameters, "binary_data_output", False, "the request")
-    outputs = {}
+    outputs: dict[str, bool] = {}
     for output in request.outputs:
         where = f"output {output.name!r}"
         _refuse_parameters(output.parameters, where)
-        outputs[output.name] = _flag(output.parameters, "binary_data", binary, where)
+        is_binary = _flag(output.parameters, "binary_data", binary, where)
+        _add_output(outputs, output.name, is_binary=is_binary)
     return InferRequest(request.id, inputs, outputs, binary, _timeout(request.parameters))
 
 
@@ -195,6 +200,12 @@ def _add(inputs: dict[str, Tensor], tensor: Tensor) -> None:
     if len(inputs) == _MOST_TENSORS:
         raise wrong(f"there are more than {_MOST_TENSORS} inputs.")
     inputs[tensor.name] = tensor
+
+
+def _add_output(outputs: dict[str, bool], name: str, *, is_binary: bool) -> None:
+    if name in outputs:
+        raise wrong(f"output {name!r} is asked for twice.")
+    outputs[name] = is_binary
 
 
 def _refuse_parameters(parameters: Mapping[str, Any], where: str) -> None:
@@ -237,7 +248,10 @@ def _shown(value: Any) -> str:
 
 def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if len(shape) > 8 or (shape and not 0 <= min(shape) <= max(shape) < 2**31):
-        raise wrong(f"input {name!r} has the shape {_shown(list(shape)[:9])}.")
+        raise wrong(
+            f"input {name!r} has the shape {_shown(list(shape)[:9])}; expected at most 8 sizes, "
+            "each in 0 … 2**31-1."
+        )
     return tuple(shape)
 
 
@@ -365,10 +379,10 @@ def read_grpc(request: Any) -> InferRequest:
         else:
             tensor = _from_contents(each, shape)
         _add(inputs, tensor)
-    outputs = {}
+    outputs: dict[str, bool] = {}
     for output in request.outputs:
         _refuse_parameters(_grpc_parameters(output.parameters), f"output {output.name!r}")
-        outputs[output.name] = True
+        _add_output(outputs, output.name, is_binary=True)
     return InferRequest(request.id, inputs, outputs, True, _timeout(parameters))
 
 

@@ -191,21 +191,19 @@ class Reader:
         if not bool(torch.isfinite(features).all()):
             raise wrong(f"input {dense_name!r} holds NaN or infinity.")
         ids = _tensor(sparse)
-        if offsets_name in inputs:
-            batch = Batch(features, ids, None, _tensor(inputs[offsets_name]))
-        else:
+        offsets = _tensor(inputs[offsets_name]) if offsets_name in inputs else None
+        if offsets is None:
             expected = (len(features), len(self._schema.sparse))
             if ids.shape != expected:
                 raise wrong(
                     f"input {sparse_name!r} must have the shape {list(expected)} without "
                     f"{offsets_name!r}; got {list(sparse.shape)}."
                 )
-            batch = _bags_of_matrix(features, ids)
         try:
-            check_batch(batch, self._schema)
+            check_batch(Batch(features, ids.clamp(min=0), None, offsets), self._schema)
         except UserError as error:
             raise wrong(str(error)) from error
-        return batch
+        return _without_negative(Batch(features, ids, None, offsets))
 
 
 def _tensor(tensor: Tensor) -> torch.Tensor:
@@ -214,14 +212,17 @@ def _tensor(tensor: Tensor) -> torch.Tensor:
     return torch.from_numpy(tensor.numbers.reshape(tensor.shape).copy())
 
 
-def _bags_of_matrix(features: torch.Tensor, ids: torch.Tensor) -> Batch:
-    """Return a batch of one id a feature, (B, F), where -1 is an id that is not known."""
-    if not bool((ids < 0).any()):
-        return Batch(features, ids, None)
-    known = ids.reshape(-1) >= 0
-    offsets = torch.zeros(ids.numel() + 1, dtype=torch.int64)
+def _without_negative(batch: Batch) -> Batch:
+    """Return a batch without its negative ids, which count as none, as in an exported model."""
+    ids = batch.sparse_features.reshape(-1)
+    known = ids >= 0
+    if bool(known.all()):
+        return batch
+    offsets = torch.zeros(len(ids) + 1, dtype=torch.int64)  # of a matrix: an id a bag
     torch.cumsum(known, 0, out=offsets[1:])
-    return Batch(features, ids.reshape(-1)[known], None, offsets)
+    if batch.offsets is not None:
+        offsets = offsets[batch.offsets]
+    return Batch(batch.dense_features, ids[known], None, offsets)
 
 
 T = TypeVar("T", bound=np.generic)
@@ -261,7 +262,8 @@ def _count_column(tensor: Tensor) -> npt.NDArray[np.int32]:
     if numbers.dtype.kind == "f":
         # NaN is missing: fmax takes the other number of the two.
         numbers = np.fmax(numbers, numbers.dtype.type(0))
-        bad = (numbers != np.floor(numbers)) | (numbers >= 2**31)
+        # A number of Python's would be made one of the array's type, and FP16 has none so large.
+        bad = (numbers != np.floor(numbers)) | (numbers >= np.float32(2**31))
     else:
         bad = numbers > 2**31 - 1
     if bad.any():

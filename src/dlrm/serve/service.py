@@ -10,11 +10,20 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from dlrm.config import ServeConfig, size_bytes
 from dlrm.serve.batching import Batcher
 from dlrm.serve.metrics import Metrics
 from dlrm.serve.model import OUTPUTS, ServedModel
-from dlrm.serve.protocol import EXTENSIONS, InferAnswer, InferRequest, RefusedError, refuse_outputs
+from dlrm.serve.protocol import (
+    EXTENSIONS,
+    InferAnswer,
+    InferRequest,
+    RefusedError,
+    refuse_outputs,
+    wrong,
+)
 from dlrm.serve.rows import Rows
 from dlrm.version import __version__
 
@@ -135,6 +144,11 @@ class Service:
         waits = [self.config.request_timeout, timeout, request.timeout]
         left = min(each for each in waits if each is not None) - (time.monotonic() - began)
         scores = await self._batcher.score(model, rows, left)
+        if not np.isfinite(scores.probabilities).all():
+            raise wrong(
+                "the model gives no number as probability of a row: a prepared feature of it is "
+                "too large, or the model's weights are damaged."
+            )
         self.metrics.rows.inc(len(scores.probabilities))
         if unknown := int(scores.unknown_ids.sum()):
             self.metrics.unknown_ids.inc(unknown)

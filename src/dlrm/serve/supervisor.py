@@ -6,16 +6,19 @@ what is loaded by the workers is known to load. Workers are forks of it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,11 +48,44 @@ def serve(path: Path | str, config: ServeConfig) -> None:
         UserError: The model is missing or damaged.
         EnvironmentFaultError: An address is taken, or memory ran out.
     """
-    with tempfile.TemporaryDirectory(prefix="dlrm-serve-") as folder:
-        _Supervisor(Path(path), config, Path(folder)).run()
+    with _folder() as folder:
+        _Supervisor(Path(path), config, folder).run()
+
+
+_FOLDERS = "dlrm-serve-"
+_BEING_MADE_SECONDS = 60.0
+"""A folder that is younger may not be locked yet."""
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Make a temporary folder that is locked as long as this process or a fork of it runs.
+
+    Those of servers that were killed, which nobody holds locked, are removed first.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        with suppress(OSError):  # it is locked, is somebody else's, or has just gone
+            if time.time() - left.lstat().st_mtime > _BEING_MADE_SECONDS:
+                with _locked(left):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_FOLDERS) as folder, ExitStack() as stack:
+        with suppress(OSError):  # of a file system without locks, where it would be left
+            stack.enter_context(_locked(Path(folder)))
+        yield Path(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 _ENDING = "the server is ending."
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 @dataclass(eq=False)
@@ -100,42 +136,52 @@ class _Supervisor:
 
     def run(self) -> None:
         config = self._config
-        listener = _listen(config.host, config.port)
-        grpc_address, reserved = "", None
-        if config.grpc_port >= 0:
-            reserved = _reserve(config.host, config.grpc_port)
-            grpc_address = _address(config.host, reserved.getsockname()[1])
-        self._place = Place(listener, grpc_address, self._folder)
-        before = self._take_signals()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self._selector)
+            listener = stack.enter_context(_listen(config.host, config.port))
+            grpc_address = ""
+            if config.grpc_port >= 0:
+                reserved = stack.enter_context(_reserve(config.host, config.grpc_port))
+                grpc_address = _address(config.host, reserved.getsockname()[1])
+            self._place = Place(listener, grpc_address, self._folder)
+            stack.enter_context(self._noting_signals())
+            stack.callback(self._end_children)
             for _ in range(config.workers):
                 self._start_worker()
             while self._workers or self._start_at:
                 self._step()
-        finally:
-            for child in [*self._workers.values(), *([self._checker] if self._checker else [])]:
-                os.kill(child.pid, signal.SIGKILL)
-                os.waitpid(child.pid, 0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(-1)
-            listener.close()
-            if reserved:
-                reserved.close()
 
-    def _take_signals(self) -> dict[int, Any]:
-        self._wakes, woken = socket.socketpair()
-        for each in (self._wakes, woken):
-            each.setblocking(False)
-        self._woken = woken
-        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-        self._selector.register(self._wakes, selectors.EVENT_READ)
+    def _children(self) -> list[_Child]:
+        return [*self._workers.values(), *([self._checker] if self._checker else [])]
+
+    def _end_children(self) -> None:
+        for child in self._children():
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, _Child):
+                key.data.control.close()
+
+    @contextmanager
+    def _noting_signals(self) -> Iterator[None]:
+        """Let signals wake ``select`` and be dealt with by ``_step``."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self._signals.append(number)
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-        return {number: signal.signal(number, note) for number in numbers}
+        self._wakes, self._woken = socket.socketpair()
+        with self._wakes, self._woken:
+            for each in (self._wakes, self._woken):
+                each.setblocking(False)
+            signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+            self._selector.register(self._wakes, selectors.EVENT_READ)
+            before = {number: signal.signal(number, note) for number in _SIGNALS}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(-1)
 
     def _step(self) -> None:
         """Do what is due, wait for something to happen, and take notice of it."""
@@ -194,12 +240,12 @@ class _Supervisor:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             self._selector.close()
             for each in (ours, self._wakes, self._woken):
                 each.close()
-            for child in [*self._workers.values(), *([self._checker] if self._checker else [])]:
+            for child in self._children():
                 child.control.close()
             status = work(theirs)
         except BaseException as error:
