@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import platform
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -175,3 +179,17 @@ def test_arrivals_are_poisson() -> None:
     assert counts.var() / counts.mean() == pytest.approx(1, abs=0.2)
     assert np.array_equal(times, arrivals(OpenLoop(500, 100, 4)))
     assert not np.array_equal(times[:100], arrivals(OpenLoop(500, 100, 5))[:100])
+
+
+def test_a_client_asks_for_short_turns() -> None:
+    kernel = tuple(int(each) for each in re.findall(r"\d+", platform.release())[:2])
+    if kernel < (6, 12) or "se.slice" not in Path("/proc/self/sched").read_text():
+        pytest.skip("this kernel tells of no turns, or cannot change them")
+    asks = (
+        "import os; from dlrm.loadtest.client import ask_for_short_turns; os.nice(3); "
+        "ask_for_short_turns(); print(open('/proc/self/sched').read(), os.nice(0))"
+    )
+    command = [sys.executable, "-c", asks]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"se\.slice\s+:\s+100000\n", told)
+    assert told.split()[-1] == "3"

@@ -12,12 +12,17 @@ library: of an answer it reads the status and the length.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import mmap
 import multiprocessing
+import os
+import platform
 import re
 import selectors
 import signal
+import struct
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -217,6 +222,7 @@ def _run(pipe: Connection, target: Target, payloads: Payloads, position: int) ->
     loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
     asyncio.set_event_loop(loop)
     gc.disable()  # of the requests that are kept nothing is circular
+    ask_for_short_turns()
     load = _Load(loop, target, payloads, position)
     while True:
         try:
@@ -224,6 +230,24 @@ def _run(pipe: Connection, target: Target, payloads: Payloads, position: int) ->
         except EOFError:
             return
         pipe.send(loop.run_until_complete(load.run(asked)))
+
+
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+_TURN_NANOSECONDS = 100_000
+
+
+def ask_for_short_turns() -> None:
+    """Ask Linux to let this process run as soon as it wants to, and for a moment only.
+
+    It gets no larger share of a processor. Where the server takes all of them, requests would else
+    be sent late by one of its turns, some 3 ms. Before Linux 6.12 nothing changes.
+    """
+    if platform.machine() in _SCHED_SETATTR and sys.platform == "linux":
+        # struct sched_attr of linux/sched/types.h: size, policy, flags, nice, priority, runtime,
+        # deadline, period.
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        attributes = struct.pack("=IIQiIQQQ", 48, 0, 0, nice, 0, _TURN_NANOSECONDS, 0, 0)
+        ctypes.CDLL(None).syscall(_SCHED_SETATTR[platform.machine()], 0, attributes, 0)
 
 
 class _Request:

@@ -20,19 +20,22 @@ from dlrm.serve.messages import MESSAGES
 EXTENSIONS = ("binary_tensor_data", "model_repository")
 """Of the protocol, by the names that Triton gives them."""
 
-DTYPES: Mapping[str, npt.DTypeLike] = {
-    "BOOL": "?",
-    "UINT8": "<u1",
-    "UINT16": "<u2",
-    "UINT32": "<u4",
-    "UINT64": "<u8",
-    "INT8": "<i1",
-    "INT16": "<i2",
-    "INT32": "<i4",
-    "INT64": "<i8",
-    "FP16": "<f2",
-    "FP32": "<f4",
-    "FP64": "<f8",
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    name: np.dtype(code)
+    for name, code in {
+        "BOOL": "?",
+        "UINT8": "<u1",
+        "UINT16": "<u2",
+        "UINT32": "<u4",
+        "UINT64": "<u8",
+        "INT8": "<i1",
+        "INT16": "<i2",
+        "INT32": "<i4",
+        "INT64": "<i8",
+        "FP16": "<f2",
+        "FP32": "<f4",
+        "FP64": "<f8",
+    }.items()
 }
 """The protocol's types of a fixed size; BYTES has none."""
 
@@ -164,7 +167,7 @@ def read_http(body: bytes, header_length: int | None) -> InferRequest:
     inputs: dict[str, Tensor] = {}
     start = header_length
     for each in request.inputs:
-        _refuse_parameters(each.parameters, f"input {each.name!r}")
+        _refuse_parameters(each.parameters, "input", each.name)
         size = each.parameters.get("binary_data_size")
         shape = _shape(each.name, each.shape)
         if size is None:
@@ -187,9 +190,8 @@ def read_http(body: bytes, header_length: int | None) -> InferRequest:
     binary = _flag(request.parameters, "binary_data_output", False, "the request")
     outputs: dict[str, bool] = {}
     for output in request.outputs:
-        where = f"output {output.name!r}"
-        _refuse_parameters(output.parameters, where)
-        is_binary = _flag(output.parameters, "binary_data", binary, where)
+        _refuse_parameters(output.parameters, "output", output.name)
+        is_binary = _flag(output.parameters, "binary_data", binary, f"output {output.name!r}")
         _add_output(outputs, output.name, is_binary=is_binary)
     return InferRequest(request.id, inputs, outputs, binary, _timeout(request.parameters))
 
@@ -208,13 +210,14 @@ def _add_output(outputs: dict[str, bool], name: str, *, is_binary: bool) -> None
     outputs[name] = is_binary
 
 
-def _refuse_parameters(parameters: Mapping[str, Any], where: str) -> None:
+def _refuse_parameters(parameters: Mapping[str, Any], of: str, name: str = "") -> None:
     """Refuse what would change the meaning of a request and is not offered."""
-    if not parameters or parameters.keys() == {"binary_data_size"}:
+    if not parameters or (len(parameters) == 1 and "binary_data_size" in parameters):
         return
-    for name in ("shared_memory_region", "classification"):
-        if name in parameters:
-            raise wrong(f"{where} has the parameter {name}, which this server does not offer.")
+    where = f"{of} {name!r}" if name else of
+    for other in ("shared_memory_region", "classification"):
+        if other in parameters:
+            raise wrong(f"{where} has the parameter {other}, which this server does not offer.")
     if parameters.get("sequence_id"):
         raise wrong(f"{where} has a sequence_id, and the model knows no sequences.")
 
@@ -272,7 +275,7 @@ def _from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryvi
                 "its length before it, in 4 bytes."
             )
         return Tensor(name, datatype, shape, packed=data)
-    dtype = np.dtype(_dtype(name, datatype))
+    dtype = _dtype(name, datatype)
     if len(data) != dtype.itemsize * math.prod(shape):
         raise wrong(
             f"input {name!r} has the shape {list(shape)} and type {datatype}, so "
@@ -281,7 +284,7 @@ def _from_bytes(name: str, datatype: str, shape: tuple[int, ...], data: memoryvi
     return Tensor(name, datatype, shape, np.frombuffer(data, dtype))
 
 
-def _dtype(name: str, datatype: str) -> npt.DTypeLike:
+def _dtype(name: str, datatype: str) -> np.dtype[Any]:
     if datatype not in DTYPES:
         raise wrong(
             f"input {name!r} has the datatype {datatype[:20]!r}; expected one of "
@@ -307,7 +310,7 @@ _ROWS: Mapping[str, Callable[[bytes], list[list[Any]]]] = {
 def _from_json(tensor: _Input, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor whose elements are JSON, flat or as rows; null is a missing one."""
     name, datatype = tensor.name, tensor.datatype
-    kind = "S" if datatype == "BYTES" else np.dtype(_dtype(name, datatype)).kind
+    kind = "S" if datatype == "BYTES" else _dtype(name, datatype).kind
     kind = "i" if kind == "u" else kind
     if not tensor.data:
         raise wrong(f"input {name!r} has no data.")
@@ -369,7 +372,7 @@ def read_grpc(request: Any) -> InferRequest:
         )
     inputs: dict[str, Tensor] = {}
     for number, each in enumerate(request.inputs):
-        _refuse_parameters(_grpc_parameters(each.parameters), f"input {each.name!r}")
+        _refuse_parameters(_grpc_parameters(each.parameters), "input", each.name)
         shape = _shape(each.name, each.shape)
         if raw:
             if each.HasField("contents"):
@@ -381,7 +384,7 @@ def read_grpc(request: Any) -> InferRequest:
         _add(inputs, tensor)
     outputs: dict[str, bool] = {}
     for output in request.outputs:
-        _refuse_parameters(_grpc_parameters(output.parameters), f"output {output.name!r}")
+        _refuse_parameters(_grpc_parameters(output.parameters), "output", output.name)
         _add_output(outputs, output.name, is_binary=True)
     return InferRequest(request.id, inputs, outputs, True, _timeout(parameters))
 
