@@ -1,6 +1,8 @@
 import csv
 import gzip
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,12 @@ def test_a_run_predicts_without_its_dataset(raw_rows: Path, run: Path, tmp_path:
     shutil.rmtree(tmp_path / "dataset")
     predict_file(load(alone), raw_rows / "test.txt", tmp_path / "alone.csv")
     assert (tmp_path / "alone.csv").read_bytes() == (tmp_path / "with.csv").read_bytes()
+
+
+def test_loading_takes_no_pandas(run: Path) -> None:
+    """Arrow would import it, which takes half a second, in every process of a server too."""
+    script = f"import sys, dlrm; dlrm.load({str(run)!r}); sys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_a_table_in_memory_gives_the_probabilities_of_the_file(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dlrm.arrow import open_arrow
+from dlrm.arrow import open_arrow, to_arrow, to_numpy
 from dlrm.errors import UserError
 from dlrm.files import FORMAT_VERSION, atomic_write, check_version, environment_faults
 from dlrm.schema import Split
@@ -71,7 +71,7 @@ class PredictionsWriter:
         if self._filled:
             rows = np.arange(self._written, self._written + self._filled)
             columns = (rows, self._labels[: self._filled], self._probabilities[: self._filled])
-            arrays = [pa.array(column) for column in columns]
+            arrays = [to_arrow(column) for column in columns]
             self._writer.write_batch(pa.record_batch(arrays, schema=_COLUMNS))
             self._written += self._filled
             self._filled = 0
@@ -171,7 +171,7 @@ class Predictions:
                 batch.validate(full=True)
                 if any(column.null_count for column in batch.columns):
                     raise _damaged(self.path, "values are missing")
-                row, label, probability = (column.to_numpy() for column in batch.columns)
+                row, label, probability = map(to_numpy, batch.columns)
                 if not np.array_equal(row, np.arange(position, position + len(row))):
                     raise _damaged(self.path, "expected the rows 0, 1, 2 … in their order")
                 # Of a NaN neither comparison holds.

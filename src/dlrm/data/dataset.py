@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dlrm.arrow import open_arrow
+from dlrm.arrow import open_arrow, to_arrow, to_numpy
 from dlrm.config import GenerateConfig, PrepareConfig
 from dlrm.data.batch import Bags, Batch, Dense, Labels, make_batch
 from dlrm.data.spool import RejectedRow
@@ -506,12 +506,12 @@ def _rows_of(batch: pa.RecordBatch) -> Rows:
     bags = []
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if name in lists:
-            values = column.flatten().to_numpy()
+            values = to_numpy(column.flatten())
             lists[name] = values.reshape(len(batch), column.type.list_size)
         elif name.startswith(_MULTI_HOT):
-            offsets = column.offsets.to_numpy()
-            bags.append(Bags(column.flatten().to_numpy(), offsets - offsets[0]))
-    return Rows(batch.columns[0].to_numpy(), lists["dense"], lists["sparse"], tuple(bags))
+            offsets = to_numpy(column.offsets)
+            bags.append(Bags(to_numpy(column.flatten()), offsets - offsets[0]))
+    return Rows(to_numpy(batch.columns[0]), lists["dense"], lists["sparse"], tuple(bags))
 
 
 def block_rows(schema: FeatureSchema) -> int:
@@ -592,17 +592,17 @@ class _HashingFile:
 
 def record_batch(rows: Rows, columns: pa.Schema) -> pa.RecordBatch:
     """Return rows as they are stored, in the columns of ``stored_columns``."""
-    arrays = [pa.array(rows.labels)]
+    arrays = [to_arrow(rows.labels)]
     lists = {"dense": rows.dense, "sparse": rows.sparse}
     bags = iter(rows.bags)
     for name, kind in list(zip(columns.names, columns.types, strict=True))[1:]:
         if name in lists:
-            flat = pa.array(np.ascontiguousarray(lists[name]).reshape(-1))
+            flat = to_arrow(np.ascontiguousarray(lists[name]).reshape(-1))
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=kind))
         else:
             own = next(bags)
-            offsets = pa.array(own.offsets.astype(np.int32, copy=False))
-            arrays.append(pa.ListArray.from_arrays(offsets, pa.array(own.ids), type=kind))
+            offsets = to_arrow(own.offsets.astype(np.int32, copy=False))
+            arrays.append(pa.ListArray.from_arrays(offsets, to_arrow(own.ids), type=kind))
     return pa.record_batch(arrays, schema=columns)
 
 

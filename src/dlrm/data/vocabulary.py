@@ -17,7 +17,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from dlrm.arrow import open_arrow
+from dlrm.arrow import open_arrow, to_arrow, to_numpy
 from dlrm.data.splits import mix
 from dlrm.errors import UserError
 from dlrm.files import atomic_write, sha256
@@ -103,7 +103,7 @@ class Vocabulary:
                 for number in range(reader.num_record_batches):
                     batch = reader.get_batch(number)
                     batch.validate()
-                    yield Vocabulary(*(map(pa.Array.to_numpy, batch.columns)))
+                    yield Vocabulary(*(map(to_numpy, batch.columns)))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}. {remedy}") from error
 
@@ -165,7 +165,7 @@ class _Table:
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
     """Return an array as a tensor without a copy; PyTorch warns of one that cannot be written."""
-    return torch.utils.dlpack.from_dlpack(pa.array(array))
+    return torch.utils.dlpack.from_dlpack(to_arrow(array))
 
 
 def _index(values: Tensor) -> Tensor:
