@@ -53,7 +53,7 @@ def main() -> None:
         "still_ready": still_ready,
     }
     print(json.dumps(report, indent=2))
-    if result.complaint_count or result.growth() > MOST_GROWTH:
+    if result.complaint_count or not result.growth() <= MOST_GROWTH:  # nor may it be unknown
         sys.exit(1)
 
 

@@ -80,8 +80,8 @@ struct Kernels {
   int64_t panel;  // kPanel
 
   // Outputs [begin, end) for so many panels, of which the first so many rows are asked for: what
-  // the last panel's others become is undefined. For one row there must be a bias, no mask and no
-  // transposition.
+  // the last panel's others become is undefined. For one row there must be a bias and no mask,
+  // unless transposed.
   void (*linear)(const Linear& layer, int64_t begin, int64_t end, int64_t panels, int64_t rows);
 
   // Panels [begin, end) of x become columns.

@@ -107,10 +107,11 @@ void linear_panel(const Linear& layer, int64_t begin, int64_t end, int64_t p, in
   });
 }
 
-// One fully connected layer. Of the last panel one vector is enough for so few rows.
+// One fully connected layer.
 template <bool kTransposed>
 void linear_outputs(const Linear& layer, int64_t begin, int64_t end, int64_t panels,
                     int64_t rows) {
+  // Where the last panel's rows fit into one vector, half of it is computed.
   const int64_t whole = rows <= (panels - 1) * kPanel + kWidth ? panels - 1 : panels;
   for (int64_t top = 0; top == 0 || top < layer.in; top += kInputsAtOnce) {
     const int64_t bottom = smaller(top + kInputsAtOnce, layer.in);

@@ -149,7 +149,7 @@ void mlp_backward(at::TensorList weights, at::TensorList biases, at::TensorList 
                             .in = out,
                             .out = in,
                             .transposed = true};
-      kernel.linear(backward, 0, in, end - begin, panels * width);
+      kernel.linear(backward, 0, in, end - begin, (end - begin) * width);
     }
   });
 }

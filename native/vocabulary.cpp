@@ -115,6 +115,98 @@ uint64_t mix(uint64_t value) {
   return value ^ value >> 31;
 }
 
+// What is encoded, and where ids go.
+struct Encoding {
+  const Feature* described;  // (features)
+  const uint32_t* raw;
+  const int64_t* columns;  // (features, 2): first, step
+  int64_t features;
+  int32_t* ids;      // (rows, features)
+  int64_t* unknown;  // (features)
+
+  uint32_t value_of(int64_t f, int64_t row) const {
+    return described[f].value_of(raw[columns[2 * f] + row * columns[2 * f + 1]]);
+  }
+
+  void put(int64_t f, int64_t row, const Part* part, uint32_t place) const {
+    unknown[f] += !part;
+    ids[row * features + f] = part ? part->ids[place] : described[f].other;
+  }
+};
+
+// Whether lookups have to wait for memory, so that many are made in stages together.
+bool is_large(const Feature& feature) {
+  int64_t size = 0;
+  for (int64_t p = 0; p < feature.part_count; ++p) size += feature.parts[p].size;
+  return !feature.buckets && size > kSmall;
+}
+
+void encode_at_once(const Encoding& all, int64_t f, int64_t row) {
+  const Feature& feature = all.described[f];
+  const uint32_t value = all.value_of(f, row);
+  if (feature.buckets) {
+    all.ids[row * all.features + f] =
+        static_cast<int32_t>((mix(value) >> 32) * feature.buckets >> 32);
+    return;
+  }
+  const Part* part = feature.part_of(value);
+  uint32_t place = 0;
+  if (part) {
+    uint32_t low, high;
+    part->bounds_of(static_cast<uint32_t>(part->range_of(value)), &low, &high);
+    place = part->place_of(low, high, value);
+    if (!part->has(value, place)) part = nullptr;
+  }
+  all.put(f, row, part, place);
+}
+
+// Encodes the first `rows` rows of some features.
+void encode(const Encoding& all, const std::vector<int64_t>& chosen, int64_t rows) {
+  std::vector<int64_t> staged, direct;
+  for (const int64_t f : chosen) (is_large(all.described[f]) ? staged : direct).push_back(f);
+  const int64_t large = static_cast<int64_t>(staged.size());
+  const int64_t tile_rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, large));
+  struct Lookup {
+    const Part* part;
+    uint32_t value, low, high;
+  };
+  std::vector<Lookup> lookups(large * std::min(tile_rows, rows));
+  for (int64_t begin = 0; begin < rows; begin += tile_rows) {
+    const int64_t tile = std::min(tile_rows, rows - begin);
+    const auto each = [&](const auto& step) {
+      for (int64_t s = 0; s < large; ++s) {
+        for (int64_t r = 0; r < tile; ++r) step(lookups[s * tile + r], staged[s], begin + r);
+      }
+    };
+    each([&](Lookup& lookup, int64_t f, int64_t row) {
+      lookup.value = all.value_of(f, row);
+      lookup.part = all.described[f].part_of(lookup.value);
+      if (!lookup.part) return;
+      lookup.low = static_cast<uint32_t>(lookup.part->range_of(lookup.value));
+      __builtin_prefetch(lookup.part->starts + lookup.low);
+    });
+    each([&](Lookup& lookup, int64_t, int64_t) {
+      if (!lookup.part) return;
+      lookup.part->bounds_of(lookup.low, &lookup.low, &lookup.high);
+      __builtin_prefetch(lookup.part->values + lookup.low);
+      __builtin_prefetch(lookup.part->values + lookup.low + kWindow - 1);
+    });
+    each([&](Lookup& lookup, int64_t, int64_t) {
+      if (!lookup.part) return;
+      lookup.low = lookup.part->place_of(lookup.low, lookup.high, lookup.value);
+      if (lookup.part->has(lookup.value, lookup.low)) {
+        __builtin_prefetch(lookup.part->ids + lookup.low);
+      } else {
+        lookup.part = nullptr;
+      }
+    });
+    each([&](Lookup& lookup, int64_t f, int64_t row) { all.put(f, row, lookup.part, lookup.low); });
+    for (const int64_t f : direct) {
+      for (int64_t row = begin; row < begin + tile; ++row) encode_at_once(all, f, row);
+    }
+  }
+}
+
 // The value of a feature in a row is values[first + row * step]; where step is 0 one value is meant
 // for every row, and is looked up once.
 void encode_values(const at::Tensor& values, const at::Tensor& columns, const at::Tensor& rules,
@@ -165,96 +257,15 @@ void encode_values(const at::Tensor& values, const at::Tensor& columns, const at
     TORCH_CHECK(0 <= first && 0 <= step && (rows == 0 || first + (rows - 1) * step < values.numel()),
                 "dlrm::encode_values: a column lies within the values");
   }
-  const uint32_t* raw = values.const_data_ptr<uint32_t>();
-  int32_t* id = ids.mutable_data_ptr<int32_t>();
-  int64_t* unknown_of = unknown.mutable_data_ptr<int64_t>();
-
-  // Of large tables, whose memory must be waited for; the others are looked up at once.
-  const auto is_large = [&](const Feature& feature) {
-    int64_t size = 0;
-    for (int64_t p = 0; p < feature.part_count; ++p) size += feature.parts[p].size;
-    return !feature.buckets && size > kSmall;
-  };
-  struct Lookup {
-    const Part* part;
-    uint32_t value, low, high;
-  };
-  std::vector<Lookup> lookups;
-  // Encodes the first `count` rows of some features.
-  const auto encode = [&](const std::vector<int64_t>& chosen, int64_t count) {
-    std::vector<int64_t> staged, direct;
-    for (const int64_t f : chosen) (is_large(described[f]) ? staged : direct).push_back(f);
-    const int64_t large = static_cast<int64_t>(staged.size());
-    const int64_t tile_rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, large));
-    lookups.resize(large * tile_rows);
-    const auto value_of = [&](int64_t f, int64_t row) {
-      return described[f].value_of(raw[column[2 * f] + row * column[2 * f + 1]]);
-    };
-    for (int64_t begin = 0; begin < count; begin += tile_rows) {
-      const int64_t tile = std::min(tile_rows, count - begin);
-      const auto each = [&](const auto& step) {
-        for (int64_t s = 0; s < large; ++s) {
-          for (int64_t r = 0; r < tile; ++r) {
-            step(lookups[s * tile_rows + r], staged[s], begin + r);
-          }
-        }
-      };
-      each([&](Lookup& lookup, int64_t f, int64_t row) {
-        lookup.value = value_of(f, row);
-        lookup.part = described[f].part_of(lookup.value);
-        if (!lookup.part) return;
-        lookup.low = static_cast<uint32_t>(lookup.part->range_of(lookup.value));
-        __builtin_prefetch(lookup.part->starts + lookup.low);
-      });
-      each([&](Lookup& lookup, int64_t, int64_t) {
-        if (!lookup.part) return;
-        lookup.part->bounds_of(lookup.low, &lookup.low, &lookup.high);
-        __builtin_prefetch(lookup.part->values + lookup.low);
-        __builtin_prefetch(lookup.part->values + lookup.low + kWindow - 1);
-      });
-      each([&](Lookup& lookup, int64_t, int64_t) {
-        if (!lookup.part) return;
-        lookup.low = lookup.part->place_of(lookup.low, lookup.high, lookup.value);
-        if (lookup.part->has(lookup.value, lookup.low)) {
-          __builtin_prefetch(lookup.part->ids + lookup.low);
-        } else {
-          lookup.part = nullptr;
-        }
-      });
-      each([&](Lookup& lookup, int64_t f, int64_t row) {
-        unknown_of[f] += !lookup.part;
-        id[row * features + f] = lookup.part ? lookup.part->ids[lookup.low] : described[f].other;
-      });
-      for (const int64_t f : direct) {
-        const Feature& feature = described[f];
-        for (int64_t row = begin; row < begin + tile; ++row) {
-          const uint32_t value = value_of(f, row);
-          int32_t& found = id[row * features + f];
-          if (feature.buckets) {
-            found = static_cast<int32_t>((mix(value) >> 32) * feature.buckets >> 32);
-            continue;
-          }
-          const Part* part = feature.part_of(value);
-          uint32_t place = 0;
-          if (part) {
-            uint32_t low, high;
-            part->bounds_of(static_cast<uint32_t>(part->range_of(value)), &low, &high);
-            place = part->place_of(low, high, value);
-            if (!part->has(value, place)) part = nullptr;
-          }
-          unknown_of[f] += !part;
-          found = part ? part->ids[place] : feature.other;
-        }
-      }
-    }
-  };
   std::vector<int64_t> varying, common;
   for (int64_t f = 0; f < features; ++f) (column[2 * f + 1] ? varying : common).push_back(f);
-  encode(varying, rows);
-  encode(common, std::min<int64_t>(rows, 1));
+  const Encoding all{described.data(), values.const_data_ptr<uint32_t>(), column, features,
+                     ids.mutable_data_ptr<int32_t>(), unknown.mutable_data_ptr<int64_t>()};
+  encode(all, varying, rows);
+  encode(all, common, std::min<int64_t>(rows, 1));
   for (const int64_t f : common) {
-    unknown_of[f] *= rows;
-    for (int64_t row = 1; row < rows; ++row) id[row * features + f] = id[f];
+    all.unknown[f] *= rows;
+    for (int64_t row = 1; row < rows; ++row) all.ids[row * features + f] = all.ids[f];
   }
 }
 

@@ -205,7 +205,7 @@ def test_samples_are_asked_of_a_server_of_its_own(small_bundle: Path, dataset: P
 
 def test_a_server_that_runs_on_this_machine_is_found(served: OwnServer) -> None:
     there = server_at(f"http://localhost:{served.port}", served.grpc_port)
-    assert there.process == served.process
+    assert there.pid == served.pid
     before = there.cpu_seconds()
     for _ in range(100):
         there.get("/card")

@@ -16,7 +16,6 @@ def sent(count: int, features: int, wide: int, common: int, seed: int) -> SentRo
     random = np.random.default_rng(seed)
     sizes = np.array([count] * (features - common) + [1] * common, np.int64)
     return SentRows(
-        count,
         random.integers(0, 50, (count, wide), np.int32),
         random.integers(0, 2**32, sizes.sum(), np.uint32),
         np.stack([np.cumsum(sizes) - sizes, sizes > 1], axis=1),

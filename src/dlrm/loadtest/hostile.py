@@ -154,11 +154,10 @@ class HostileLoad:
                         self._complain(kind, f"{type(error).__name__}: {error}")
                 done += 1
                 bar.update()
-                if done % every == 0 and self._server.process is not None:
+                if done % every == 0 and self._server.pid is not None:
                     self._result.resident_bytes.append(self._server.resident_bytes())
 
-        address = f"{self._server.host}:{self._server.grpc_port}"
-        async with grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self._server.grpc, _CHANNEL_OPTIONS) as channel:
             self._call = channel.unary_unary(GRPC_METHOD)
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(_AT_A_TIME, requests)):
@@ -380,7 +379,7 @@ class HostileLoad:
         cut = packed[: self._below(len(packed))]
         encoded = "Content-Encoding: gzip"
         chunked = self._lines("Transfer-Encoding: chunked") + b"%x\r\n%b\r\n" % (len(body), body)
-        data = (
+        variants = (
             self._post(cut, encoded),
             self._post(packed + b"?", encoded),
             self._post(body, encoded),
@@ -391,8 +390,8 @@ class HostileLoad:
             chunked.replace(b"chunked", b"gzip, chunked", 1) + b"0\r\n\r\n",
             self._lines("Transfer-Encoding: chunked", f"Content-Length: {len(body)}") + body,
             self._lines(f"Content-Length: {len(body)}", "Content-Length: 3") + body,
-        )[self._below(10)]
-        await self._refused("broken body", data)
+        )
+        await self._refused("broken body", variants[self._below(len(variants))])
 
     # Hostile ones over gRPC.
 

@@ -40,7 +40,7 @@ Encoding = Literal["binary", "json"]
 
 @dataclass(frozen=True, eq=False)
 class PayloadRows:
-    """n rows as they are in logs.
+    """n rows as they are in logs, of which neither labels nor the place in a file are known.
 
     Attributes:
         dense: (n, number of dense features) int32.

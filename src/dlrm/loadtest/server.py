@@ -34,13 +34,13 @@ class Server:
         host: Its name or address.
         port: Of HTTP.
         grpc_port: Of gRPC.
-        process: The first of its processes; None: it is on another machine, or somebody else's.
+        pid: The first of its processes; None: it is on another machine, or somebody else's.
     """
 
     host: str
     port: int
     grpc_port: int
-    process: int | None = None
+    pid: int | None = None
 
     @property
     def http(self) -> str:
@@ -80,14 +80,14 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """Return the processor time that its processes have taken so far; NaN: not known."""
-        if self.process is None:
+        if self.pid is None:
             return float("nan")
-        return sum(map(_cpu_seconds, family(self.process)))
+        return sum(map(_cpu_seconds, family(self.pid)))
 
     def resident_bytes(self) -> int:
         """Return the memory that its processes hold alone or share with each other (PSS)."""
-        assert self.process is not None
-        return sum(map(_proportional_bytes, family(self.process)))
+        assert self.pid is not None
+        return sum(map(_proportional_bytes, family(self.pid)))
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class OwnServer(Server):
     """A server that was started here.
 
     Attributes:
-        command: What was started.
+        process: What was started.
         log: Its standard error.
     """
 
-    command: subprocess.Popen[bytes] = field(kw_only=True)
+    process: subprocess.Popen[bytes] = field(kw_only=True)
     log: IO[bytes] = field(kw_only=True)
 
     def said(self) -> str:
@@ -125,7 +125,7 @@ def family(process: int) -> list[int]:
     return found
 
 
-def _status(process: int) -> list[str]:
+def _stat(process: int) -> list[str]:
     """Return the fields of ``/proc/PID/stat`` from the third on; 0 of a process that has ended."""
     try:
         with open(f"/proc/{process}/stat") as file:
@@ -135,12 +135,12 @@ def _status(process: int) -> list[str]:
 
 
 def _cpu_seconds(process: int) -> float:
-    fields = _status(process)
+    fields = _stat(process)
     return (int(fields[11]) + int(fields[12])) / _TICKS  # utime and stime: 14 and 15 in proc(5)
 
 
 def _parent(process: int) -> int:
-    return int(_status(process)[1])
+    return int(_stat(process)[1])
 
 
 def _proportional_bytes(process: int) -> int:
@@ -260,5 +260,5 @@ def _when_ready(process: subprocess.Popen[bytes], log: IO[bytes]) -> OwnServer:
     http_port, grpc_port = (
         int(places.get(each, ":0").rpartition(":")[2]) for each in ("http", "grpc")
     )
-    first = listening(LOCALHOST, http_port)
-    return OwnServer(LOCALHOST, http_port, grpc_port, first, command=process, log=log)
+    pid = listening(LOCALHOST, http_port) or process.pid  # another, if a wrapper was started
+    return OwnServer(LOCALHOST, http_port, grpc_port, pid, process=process, log=log)

@@ -120,7 +120,7 @@ class ServedModel:
                 unknown.append(self._empty_bags(rows))
             else:
                 assert self._encoder is not None
-                ids, _ = self._encoder.encode_columns(rows.values, rows.columns, rows.count)
+                ids, _ = self._encoder.encode_columns(rows.values, rows.columns, len(rows))
                 batches.append(make_batch(self.schema, rows.dense, ids, None))
                 unknown.append((ids == self._other_ids).sum(axis=1, dtype=np.int32))
         probabilities = self._scorer(concatenate(batches))

@@ -33,20 +33,18 @@ class SentRows:
     """n raw rows as a request has them.
 
     Attributes:
-        count: n.
         dense: (n, number of dense features) int32, missing and negative values 0.
         values: Flat uint32, the sparse values, missing ones 0.
         columns: (F, 2), where among them those of each feature are: ``Encoder.encode_columns``.
     """
 
-    count: int
     dense: npt.NDArray[np.int32]
     values: npt.NDArray[np.uint32]
     columns: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         """Return n."""
-        return self.count
+        return len(self.dense)
 
 
 Rows = SentRows | Batch
@@ -119,7 +117,7 @@ class Reader:
             sizes = np.array([each.elements for each in tensors], np.int64)
             columns[:, 0] = np.cumsum(sizes) - sizes
             columns[:, 1] = sizes > 1
-        return SentRows(rows, dense, values, columns)
+        return SentRows(dense, values, columns)
 
     def _refuse_names(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse features that are missing, that come twice, and inputs that are none."""
@@ -279,7 +277,7 @@ def _values(tensors: Sequence[Tensor]) -> npt.NDArray[np.uint32]:
     """Return the sparse values of tensors, one after the other; missing ones are 0."""
     packed = [tensor.packed for tensor in tensors if tensor.packed is not None]
     if packed and len(packed) == len(tensors) and library().loaded:
-        data = np.frombuffer(bytearray().join(packed), np.uint8)
+        data = np.frombuffer(bytearray().join(packed), np.uint8)  # torch takes none read-only
         counts = [tensor.elements for tensor in tensors]
         values = np.empty(sum(counts), np.uint32)
         if torch.ops.dlrm.unpack_values(
@@ -310,19 +308,6 @@ def _value_column(tensor: Tensor) -> npt.NDArray[np.uint32]:
 
 
 _DIGITS = 8
-_NO_DIGIT = 255
-_digit = np.full(256, _NO_DIGIT, np.uint8)
-for _characters in (b"0123456789abcdef", b"0123456789ABCDEF"):
-    _digit[np.frombuffer(_characters, np.uint8)] = np.arange(16)
-
-
-def _from_digits(characters: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32] | None:
-    """Return the number of every 8 hexadecimal digits; None: not all are digits."""
-    digits = _digit[characters]
-    if digits.max(initial=0) == _NO_DIGIT:
-        return None
-    pairs = digits[0::2] << np.uint8(4) | digits[1::2]
-    return pairs.view(">u4").astype(np.uint32)
 
 
 def _texts(tensor: Tensor) -> list[bytes]:
@@ -354,11 +339,10 @@ def _from_texts(name: str, texts: Sequence[str | bytes | None]) -> npt.NDArray[n
     filled = [text.decode("latin-1") if isinstance(text, bytes) else text for text in texts]
     whole = [text or zeros for text in filled]
     if all(len(text) == _DIGITS for text in whole):
-        characters = "".join(whole).encode("utf-8", "replace")
-        if len(characters) == _DIGITS * len(whole):
-            found = _from_digits(np.frombuffer(characters, np.uint8))
-            if found is not None:
-                return found
+        with suppress(ValueError):  # there are others, which are told of below
+            found = bytes.fromhex("".join(whole))
+            if len(found) == len(whole) * _DIGITS // 2:  # spaces count for nothing
+                return np.frombuffer(found, ">u4").astype(np.uint32)
     for row, text in enumerate(whole):
         if len(text) != _DIGITS or set(text) - set("0123456789abcdefABCDEF"):
             raise wrong(

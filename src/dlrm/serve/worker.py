@@ -30,7 +30,7 @@ from dlrm.serve.service import Service
 logger = logging.getLogger("dlrm")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 1 << 25  # the most that glibc takes for the latter
+_KEPT_BYTES = 1 << 25  # the most that glibc takes for M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)
