@@ -254,7 +254,9 @@ void encode_values(const at::Tensor& values, const at::Tensor& columns, const at
   const int64_t* column = columns.const_data_ptr<int64_t>();
   for (int64_t f = 0; f < features; ++f) {
     const int64_t first = column[2 * f], step = column[2 * f + 1];
-    TORCH_CHECK(0 <= first && 0 <= step && (rows == 0 || first + (rows - 1) * step < values.numel()),
+    const int64_t behind = values.numel() - 1 - first;
+    TORCH_CHECK(0 <= first && 0 <= step && (rows == 0 || behind >= 0) &&
+                    (rows <= 1 || step <= behind / (rows - 1)),
                 "dlrm::encode_values: a column lies within the values");
   }
   std::vector<int64_t> varying, common;
@@ -276,7 +278,9 @@ bool unpack_values(const at::Tensor& data, at::IntArrayRef sizes, at::IntArrayRe
   int64_t bytes = 0, texts = 0;
   TORCH_CHECK(sizes.size() == counts.size(), "dlrm::unpack_values: a size for each count");
   for (size_t i = 0; i < sizes.size(); ++i) {
-    TORCH_CHECK(sizes[i] >= 0 && counts[i] >= 0, "dlrm::unpack_values: sizes are not negative");
+    TORCH_CHECK(0 <= sizes[i] && sizes[i] <= data.numel() && 0 <= counts[i] &&
+                    counts[i] <= values.numel(),
+                "dlrm::unpack_values: no tensor is larger than all of them");
     bytes += sizes[i];
     texts += counts[i];
   }

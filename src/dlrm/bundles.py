@@ -378,7 +378,7 @@ def _refuse_links(path: Path) -> None:
         if (path / name).is_symlink():
             raise UserError(
                 f"{path / name} is a symbolic link to {os.readlink(path / name)}, and of a bundle "
-                "nothing outside it is read. Put in its place what it leads to: "
+                "nothing outside it is read. Remove it, or put in its place what it leads to: "
                 "cp -rL copies a folder so."
             )
 

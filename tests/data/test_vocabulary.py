@@ -204,9 +204,9 @@ def test_encoder_against_a_dictionary(
         others = [feature.other_id for feature in features]
         assert missed[:3].tolist() == (expected[:, :3] == others).sum(axis=0).tolist()
     if lookups == "native":
-        for columns in ([[0, 5]] * 4, [[-1, 1]] * 4, [[0, -1]] * 4):
+        for columns in ([[0, 5]], [[-1, 1]], [[0, -1]], [[1, 1]], [[0, 2**62]], [[2**62, 2**62]]):
             with pytest.raises(RuntimeError, match="a column lies within the values"):
-                encoder.encode_columns(asked[:, 0], np.array(columns), len(asked))
+                encoder.encode_columns(asked[:, 0], np.array(columns * 4), len(asked))
 
 
 def test_threads_share_an_encoder(tmp_path: Path, described: FeatureSchema) -> None:
@@ -274,6 +274,9 @@ def test_hashed_values_need_no_vocabulary(tmp_path: Path) -> None:
     ]
     assert ids.dtype == np.int32
     assert unknown.tolist() == [0, 0]
+    once = np.array([[2, 0], [3, 0]])  # the same values in both rows
+    common, _ = Encoder.open(tmp_path, schema).encode_columns(values.reshape(-1), once, 2)
+    assert common.tolist() == [ids[1].tolist()] * 2
     # Evenly: chi-squared with 999 degrees of freedom.
     statistic = ((np.bincount(ids[:, 0], minlength=buckets) - 5) ** 2 / 5).sum()
     assert abs(statistic - 999) < 4 * np.sqrt(2 * 999)

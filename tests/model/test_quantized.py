@@ -109,7 +109,7 @@ def test_a_model_scores_as_one_with_these_very_values(
     twin, model = with_rounded_tables(changes, bits), make_model(**changes)
     full_bytes = model.sparse_arch.table_bytes
     quantize(model, QuantizationConfig(quantize_emb_with_bit=bits))
-    for rows, longest in ((300, 0), (1, 0), (70, 4), (5, 1)):
+    for rows, longest in ((300, 0), (1, 0), (0, 0), (70, 4), (5, 1)):
         batch = make_batch(rows, longest) if longest else make_one_id_batch(rows)
         found = Scorer(model, LossConfig())(batch)
         np.testing.assert_allclose(found, Scorer(twin, LossConfig())(batch), rtol=0, atol=2e-6)

@@ -23,7 +23,7 @@ from dlrm.config import ServeConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.prediction import load
 from dlrm.serve.model import ServedModel
-from dlrm.serve.supervisor import _folder, serve
+from dlrm.serve.supervisor import serve
 
 ROWS = slice(0, 3)
 _BETWEEN = 0.003
@@ -218,7 +218,7 @@ def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path)
         supervisors = {Path(f"/proc/{each}/stat").read_text().split()[3] for each in workers}
         (supervisor,) = supervisors
         held = folder_of(workers[0])
-        left_alone(held)
+        assert held.exists()
         os.kill(int(supervisor), signal.SIGKILL)
         end = time.monotonic() + 20
         while any(map(runs, workers)):
@@ -226,41 +226,13 @@ def test_processes_do_not_outlive_their_supervisor(start_server: Any, run: Path)
             time.sleep(0.02)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((server.host, server.port), timeout=5)
-    # Nobody is left who could remove it but the next server, which may be another test's.
-    with suppress(FileNotFoundError):
-        os.utime(held, (0, 0))
-    with _folder():
-        assert not held.exists()
+    assert not held.exists()
 
 
 def folder_of(worker: int) -> Path:
     """The temporary folder of a server."""
     mapped = Path(f"/proc/{worker}/maps").read_text()
     return Path(re.findall(r"(/\S*/dlrm-serve-[^/]*)/", mapped)[0])
-
-
-def left_alone(folder: Path) -> None:
-    """Check that a server that starts does not remove the folder of one that runs."""
-    os.utime(folder, (0, 0))
-    with _folder() as own:
-        assert folder.exists()
-        assert own != folder
-
-
-def test_a_folder_that_may_not_be_locked_yet_and_what_is_no_folder_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "elsewhere").mkdir()
-    stays = [tmp_path / f"dlrm-serve-{name}" for name in ("young", "link", "file")]
-    stays[0].mkdir()
-    stays[1].symlink_to(tmp_path / "elsewhere")
-    stays[2].touch()
-    for path in stays[1:]:
-        os.utime(path, (0, 0), follow_symlinks=False)
-    with _folder() as own:
-        assert {*stays, own} == set(tmp_path.glob("dlrm-serve-*"))
-    assert not own.exists()
 
 
 def test_a_server_that_does_not_start_leaves_nothing_open(

@@ -197,9 +197,14 @@ def test_a_row_is_filled_in_by_keyboard_alone(
         shown.keyboard.press("Enter")
     shown.wait_for_selector("#answer:not(.busy)")
     assert shown.inner_text("#probability") == percent(predict(predictor, [changed])[0])
-    assert "1 of the 26 categories holds a value that training never saw" in shown.inner_text(
-        "#unknown"
-    )
+    told = shown.inner_text("#unknown")
+    assert "For 1 of the 26 categories the model has no vector" in told
+    assert "another model" not in told
+    shown.evaluate("() => { card.version = 'earlier' }")
+    with shown.expect_response("**/infer"):
+        shown.keyboard.press("Enter")
+    shown.wait_for_selector("#answer:not(.busy)")
+    assert "The server has another model now (version " in shown.inner_text("#unknown")
 
 
 def input_of(shown: Any, name: str) -> Any:

@@ -148,6 +148,11 @@ SPARSE = numbers("sparse", "UINT32", [[1, 2, 3]])
             (*DENSE, Tensor("sparse", "BYTES", (1, 3), packed=memoryview(b"\x09\0\0\0" * 3))),
             "text 0 is to end at byte 13, and there are 12",
         ),
+        (
+            (*DENSE, Tensor("s0", "BYTES", (1,), packed=memoryview(b"\x08\1\0\x0000000001")),
+             *(packed(name, [b"00000001"]) for name in ("s1", "s2"))),
+            "text 0 is to end at byte 268, and there are 12",
+        ),
         ((numbers("dense", "INT32", [[1, 2]] * 9), SPARSE), "has 9 rows, at most 8"),
     ],
 )  # fmt: skip

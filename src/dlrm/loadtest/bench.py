@@ -155,8 +155,10 @@ class BenchServeResult:
             if held.point is None:
                 lines.append(f"p99 ≤ {held.limit_ms:g} ms: at none of these rates")
                 continue
+            is_highest = all(point.rate <= held.point.rate for point in self.points)
             lines.append(
-                f"p99 ≤ {held.limit_ms:g} ms: {held.point.rate:,.1f} requests/s, "
+                f"p99 ≤ {held.limit_ms:g} ms: {held.point.rate:,.1f} requests/s"
+                f"{' or more, no higher rate was offered' if is_highest else ''}, "
                 f"{held.point.rows_per_second:,.0f} rows/s, {held.share_of_offline:.0%} of "
                 f"saturated (p99 {held.point.p99_ms:.1f} ms over {held.point.seconds:.0f} s)"
             )

@@ -229,7 +229,7 @@ class NativeForward:
         for _, part in self.parts(batch):
             lookups = self.lookups(part)
             vectors = Arena.forward(self.tables, lookups.ids, lookups.offsets, lookups.weights)
-            rows = torch.arange(len(part) * self.table_count).view(len(part), -1)
+            rows = torch.arange(len(part) * self.table_count).view(len(part), self.table_count)
             looked_up = Lookups(rows, None, None)
             arena = vectors.reshape(rows.numel(), -1)
             logits.append(self._logits(part, looked_up, arena, torch.zeros_like(self.first_rows)))

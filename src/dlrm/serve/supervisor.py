@@ -6,19 +6,17 @@ what is loaded by the workers is known to load. Workers are forks of it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,40 +46,8 @@ def serve(path: Path | str, config: ServeConfig) -> None:
         UserError: The model is missing or damaged.
         EnvironmentFaultError: An address is taken, or memory ran out.
     """
-    with _folder() as folder:
-        _Supervisor(Path(path), config, folder).run()
-
-
-_FOLDERS = "dlrm-serve-"
-_BEING_MADE_SECONDS = 60.0
-"""A folder that is younger may not be locked yet."""
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """Make a temporary folder that is locked as long as this process or a fork of it runs.
-
-    Those of servers that were killed, which nobody holds locked, are removed first.
-    """
-    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
-        with suppress(OSError):  # it is locked, is somebody else's, or has just gone
-            if time.time() - left.lstat().st_mtime > _BEING_MADE_SECONDS:
-                with _locked(left):
-                    shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=_FOLDERS) as folder, ExitStack() as stack:
-        with suppress(OSError):  # of a file system without locks, where it would be left
-            stack.enter_context(_locked(Path(folder)))
-        yield Path(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+    with tempfile.TemporaryDirectory(prefix="dlrm-serve-") as folder:
+        _Supervisor(Path(path), config, Path(folder)).run()
 
 
 _ENDING = "the server is ending."
@@ -96,14 +62,14 @@ class _Child:
         pid: Its id.
         control: To it.
         began: When it was started.
-        loading: It was told to load and has not said how that went.
+        loading: How often it was told to load and has not said yet how that went.
         said: What it said, up to an unfinished line.
     """
 
     pid: int
     control: socket.socket
     began: float
-    loading: bool = False
+    loading: int = 0
     said: bytes = b""
 
 
@@ -194,7 +160,7 @@ class _Supervisor:
         while self._signals:
             number = self._signals.pop(0)
             if number == signal.SIGHUP:
-                logger.info("SIGHUP: %s is loaded anew", self._path)
+                logger.info("SIGHUP: loading %s anew", self._path)
                 self._wanted = True
             elif number != signal.SIGCHLD:
                 self._end(number)
@@ -266,7 +232,7 @@ class _Supervisor:
             self._tell_to_load(worker, verified=False)
 
     def _tell_to_load(self, worker: _Child, *, verified: bool) -> None:
-        worker.loading = True
+        worker.loading += 1
         _say(worker, {"load": self._served, "version": self._version, "verified": verified})
 
     def _check(self) -> None:
@@ -312,7 +278,7 @@ class _Supervisor:
                 if self._ends_at is not None:
                     self._answer(_ENDING)
             else:
-                child.loading = False
+                child.loading -= 1
                 self._take_loading(child, message)
 
     def _take_check(self, message: dict[str, str]) -> None:

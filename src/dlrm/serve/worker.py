@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -129,6 +130,8 @@ class _Worker:
             stopping.append(rpc.server.stop(grace))
         await asyncio.gather(*stopping)
         await batcher.close()
+        if listens.done():  # the supervisor was killed, and removes nothing any more
+            shutil.rmtree(self._place.metrics, ignore_errors=True)
         listens.cancel()
         return 0
 
