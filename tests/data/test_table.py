@@ -86,6 +86,23 @@ def test_what_is_lacking_is_told_and_how_to_mend_it(present: list[str], message:
     assert bool(lacking(["a", "b", "c"], present)) == bool(message)
 
 
+@pytest.mark.parametrize(
+    ("names", "present", "remedy"),
+    [
+        # One column is offered once.
+        (["ab", "a_b"], ["AB"], "Rename AB to ab, and add the other, with null where a value is"),
+        (["A b", "c", "d"], ["ab"], "Rename ab to A b, and add the others, with null where"),
+        (["ab", "c"], ["A B", "C"], "Rename A B to ab, C to c; or add them, with null where a"),
+        (["n" * 41], ["N" * 41], f"Rename {'N' * 40}… to {'n' * 40}…; or add it, with null"),
+        (["n" * 40], ["N" * 40], f"Rename {'N' * 40} to {'n' * 40}; or add it, with null"),
+    ],
+)
+def test_renaming_is_advised_where_it_is_enough(
+    names: list[str], present: list[str], remedy: str
+) -> None:
+    assert f". {remedy}" in lacking(names, present)
+
+
 def test_of_many_columns_a_few_are_told() -> None:
     names = [f"cat_{number}" for number in range(1000)]
     assert lacking(names, names[:100]) == (
