@@ -337,16 +337,16 @@ class Run:
     """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
-        """Run all stages, print what was made and, where a person reads, what comes next."""
+        """Run all stages, print what was made, and log what comes next."""
         from dlrm.pipeline import run_all
 
         prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
         made = run_all(
             self.source, self.run, prepare_config, self.options, self.dataset, self.export
         )
-        _print_json(made.told())
+        _print_json(made.summary())
         sys.stdout.flush()
-        logger.info("%s", made.in_words())
+        logger.info("%s", made.next_steps())
 
 
 @dataclass(frozen=True)
