@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from dlrm.bench_prepare import bench_prepare
 from dlrm.cli import main, parse
 from dlrm.config import BenchPrepareConfig, PrepareConfig
 from dlrm.errors import EnvironmentFaultError, UserError
+from dlrm.runs import family, measured_on
 
 STAGES = {"read", "fit", "arrange", "write", "verify"}
 
@@ -31,6 +35,7 @@ def test_it_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert ended.value.code == 0
     result = json.loads(capsys.readouterr().out)
     assert result["stages"].keys() == STAGES
+    assert 0 < sum(result["stages"].values()) < 3000 / result["rows_per_second"]
     assert 100 < result["rows_per_second"] < 1e6
     assert 1e6 < result["disk_bytes_per_second"] < 1e12
     assert 3000 * 100 < result["source_bytes"] < 3000 * 400
@@ -38,6 +43,24 @@ def test_it_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert 10 << 20 < result["peak_memory_bytes"] < 1 << 30
     assert result["config"]["prepare"]["shuffle"] == "none"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_that_of_all_processes() -> None:
+    """Of a shell, and of the process that it starts, which takes 64 MiB."""
+    child = "import time; taken = b'1' * (64 << 20); print('taken', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        ["bash", "-c", '"$0" -S -c "$1" & echo $!; wait', sys.executable, child],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as shell:
+        assert shell.stdout
+        started = int(shell.stdout.readline())
+        assert shell.stdout.readline() == b"taken\n"
+        assert family(shell.pid) == [shell.pid, started]
+        assert 64 << 20 < module._memory_bytes(shell.pid) < 100 << 20
+        assert 0 < module._memory_bytes(shell.pid) - module._memory_bytes(started) < 10 << 20
+        os.killpg(shell.pid, signal.SIGKILL)
+    assert (family(shell.pid), module._memory_bytes(shell.pid)) == ([shell.pid], 0)
 
 
 def test_the_result_is_of_medians_and_maxima(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +87,7 @@ def test_the_result_is_of_medians_and_maxima(monkeypatch: pytest.MonkeyPatch) ->
     assert result.share_of_polars == 0.25  # of 0.5, 0.25 and 0.125
     assert "0.250 of the rate of polars.read_csv\n" in result.table()
     assert f"{'from raw file to DATASET':32}{25:12,.0f}\n" in result.table()
+    assert f"\n{measured_on(result.hardware, result.versions)}\n" in result.table()
     seconds = [2.0]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     result = bench_prepare(BenchPrepareConfig(rows=100, scale=0.0001, rounds=1))

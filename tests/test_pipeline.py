@@ -56,7 +56,7 @@ def test_the_plan_comes_first(
     assert "<title>run: DLRM</title>" in (run / "report.html").read_text()
     assert result.metrics["test"].samples == 214
     assert len((run / "submission.csv").read_text().splitlines()) == 301
-    told = made.told()
+    told = made.summary()
     assert told.pop("metrics")["test"] == {
         name: getattr(result.metrics["test"], name)
         for name in ("auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples")
@@ -71,7 +71,7 @@ def test_the_plan_comes_first(
         "train_samples": 512,
         "samples_per_second": result.samples_per_second,
     }
-    words = made.in_words()
+    words = made.next_steps()
     assert f"test AUC {result.metrics['test'].auc:.4f}; " in words
     assert words.endswith(f"Next: dlrm export {run} BUNDLE, then dlrm serve BUNDLE")
 
@@ -86,7 +86,7 @@ def test_an_empty_test_is_not_predicted(
         made = run_all(tmp_path, run, PrepareConfig(), TINY)
     assert made.result.train_steps == 2
     assert made.submission is None
-    assert "submission" not in made.told()
+    assert "submission" not in made.summary()
     assert caplog.messages[2] == f"  3. describe it in {run}/report.html"
     assert not (run / "submission.csv").exists()
 
@@ -127,8 +127,8 @@ def test_a_bundle_is_made_once(
     monkeypatch.setattr(exporting, "export", functools.partial(exporting.export, format="onnx"))
     with caplog.at_level(logging.INFO, "dlrm"):
         made = run_all(raw_rows, run, PrepareConfig(), TINY, bundle=bundle)
-    assert made.told()["bundle"] == str(bundle)
-    assert made.in_words().endswith(f"Next: dlrm serve {bundle}")
+    assert made.summary()["bundle"] == str(bundle)
+    assert made.next_steps().endswith(f"Next: dlrm serve {bundle}")
     assert caplog.messages[4] == f"  5. export into {bundle}"
     assert caplog.messages[-1].startswith(f"exported into {bundle}; probabilities of 214 rows")
     table = {f"int_{i}": [1] for i in range(13)} | {f"cat_{i}": ["00000000"] for i in range(26)}

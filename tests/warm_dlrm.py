@@ -19,7 +19,7 @@ import traceback
 def serve(path: str) -> None:
     for name in ("data.synthetic", "pipeline", "reference.runner", "serve.supervisor"):
         importlib.import_module(f"dlrm.{name}")
-    # And what is imported when it is first needed; pyarrow imports pandas where it is there.
+    # And what is imported when it is first needed: for raw rows pyarrow imports pandas.
     for name in ("docstring_parser", "pandas", "pyarrow.pandas_compat", "tyro"):
         importlib.import_module(name)
     from dlrm.cli import main

@@ -8,7 +8,6 @@ Preparation has a process of its own, so that its memory is no other's.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import multiprocessing
 import os
 import re
@@ -32,9 +31,8 @@ from dlrm.device import use_available_cores
 from dlrm.errors import EnvironmentFaultError
 from dlrm.files import environment_faults
 from dlrm.progress import progress
-from dlrm.runs import hardware, versions
+from dlrm.runs import family, hardware, measured_on, versions
 
-_STAGE = re.compile(r"^(read|fit|arrange|write|verify) +([0-9.]+) s$")
 _SAMPLE_SECONDS = 0.05
 _CEILING_BYTES = 1 << 30
 _POLARS = """
@@ -52,7 +50,7 @@ class BenchPrepareResult:
     rows_per_second: float
     """From the raw file to the DATASET, without the start of Python and the import of libraries."""
     stages: dict[str, float]
-    """Seconds of each; they overlap."""
+    """Seconds of each; one begins where the last has ended."""
     peak_memory_bytes: int
     """Of its own, files that are mapped or cached not counted."""
     peak_disk_bytes: int
@@ -75,8 +73,7 @@ class BenchPrepareResult:
         lines = [
             f"{self.config.rows:,} made-up rows ({self.source_bytes / 1e9:.2f} GB), "
             f"{self.config.rounds} rounds",
-            f"{self.hardware.get('processor', self.hardware['machine'])}, "
-            f"{self.hardware['cores']} cores",
+            measured_on(self.hardware, self.versions),
             "",
             f"{'':32}{'rows/s':>12}",
             f"{'from raw file to DATASET':32}{self.rows_per_second:12,.0f}",
@@ -104,9 +101,9 @@ class _Prepared:
 
     seconds: float
     stages: dict[str, float]
-    peak_memory_bytes: int = 0
-    peak_disk_bytes: int = 0
-    dataset_bytes: int = 0
+    peak_memory_bytes: int
+    peak_disk_bytes: int
+    dataset_bytes: int
 
 
 def bench_prepare(config: BenchPrepareConfig) -> BenchPrepareResult:
@@ -180,7 +177,7 @@ def _in_own_process(source: Path, dataset: Path, config: BenchPrepareConfig) -> 
         most_memory = max(most_memory, _memory_bytes(process.pid))
         most_disk = max(most_disk, _disk_bytes(folders))
     try:
-        answer: _Prepared | Exception = receiver.recv()
+        answer: tuple[float, dict[str, float]] | Exception = receiver.recv()
     except EOFError:
         process.join()
         raise EnvironmentFaultError(
@@ -191,47 +188,28 @@ def _in_own_process(source: Path, dataset: Path, config: BenchPrepareConfig) -> 
     if isinstance(answer, Exception):
         raise answer
     size = _disk_bytes([dataset])
-    return _Prepared(answer.seconds, answer.stages, most_memory, max(most_disk, size), size)
+    return _Prepared(*answer, most_memory, max(most_disk, size), size)
 
 
 def _prepare(
     sender: Connection, source: Path, dataset: Path, config: PrepareConfig, memory: str
 ) -> None:
-    """Prepare, and send a ``_Prepared``, or what it failed with."""
+    """Prepare, and send the seconds of all and of each stage, or what it failed with."""
     use_available_cores()
-    stages = _Stages()
-    logger = logging.getLogger("dlrm")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(stages)
+    stages: dict[str, float] = {}
     try:
         started = time.perf_counter()
-        prepare(source, dataset, config, memory=memory)
-        sender.send(_Prepared(time.perf_counter() - started, stages.seconds))
+        prepare(source, dataset, config, memory=memory, observe=stages.__setitem__)
+        sender.send((time.perf_counter() - started, stages))
     except Exception as error:
         sender.send(error)
-    finally:
-        logger.removeHandler(stages)
-
-
-class _Stages(logging.Handler):
-    """Notes how long each stage took, as preparation tells it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: dict[str, float] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if found := _STAGE.match(record.getMessage()):
-            self.seconds[found[1]] = float(found[2])
 
 
 def _memory_bytes(root: int) -> int:
     """Return the anonymous and shared memory of a process and its descendants."""
-    total, tree = 0, [root]
-    for process in tree:
+    total = 0
+    for process in family(root):
         try:
-            for task in Path(f"/proc/{process}/task").iterdir():
-                tree += map(int, (task / "children").read_text().split())
             status = Path(f"/proc/{process}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue

@@ -333,20 +333,24 @@ class Run:
     """Where the DATASET goes, or lies already; by default RUN/dataset."""
     shuffle: Literal["none", "day", "total", "reference", "reference-day"] = "total"
     """Stored order of the training rows, as for `dlrm prepare`."""
+    split: Literal["auto", "days", "rows", "none"] = "auto"
+    """What is held back from training, as for `dlrm prepare`."""
     export: Path | None = None
     """The BUNDLE to make at the end, as `dlrm export RUN BUNDLE` does."""
 
     def execute(self) -> None:
-        """Run all stages, print what was made and, where a person reads, what comes next."""
+        """Run all stages, print what was made, and log what comes next."""
         from dlrm.pipeline import run_all
 
-        prepare_config = PrepareConfig(shuffle=self.shuffle, seed=self.options.seed)
+        prepare_config = PrepareConfig(
+            shuffle=self.shuffle, split=self.split, seed=self.options.seed
+        )
         made = run_all(
             self.source, self.run, prepare_config, self.options, self.dataset, self.export
         )
-        _print_json(made.told())
+        _print_json(made.summary())
         sys.stdout.flush()
-        logger.info("%s", made.in_words())
+        logger.info("%s", made.next_steps())
 
 
 @dataclass(frozen=True)

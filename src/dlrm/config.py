@@ -747,7 +747,7 @@ class BenchPrepareConfig:
     """What ``dlrm bench prepare`` measures."""
 
     rows: int = 1_000_000
-    """Made-up rows, of 240 bytes."""
+    """How many rows are made up, about 240 bytes each."""
     scale: float = 1.0
     """Cardinality of their sparse features, as for `dlrm synthesize`: 1 is Kaggle's."""
     memory: str = "2GiB"
@@ -760,7 +760,7 @@ class BenchPrepareConfig:
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         _require_types(self)
-        SynthesizeConfig(rows=self.rows, scale=self.scale)
+        SynthesizeConfig(rows=self.rows, scale=self.scale)  # which refuses what is wrong
         require(self.rounds >= 1, f"--rounds must be at least 1; got {self.rounds}")
 
 

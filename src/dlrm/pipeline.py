@@ -21,6 +21,9 @@ from dlrm.training.events import Console
 
 logger = logging.getLogger("dlrm")
 
+_METRICS = ("auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples")
+"""Of a split, those that are told in short."""
+
 
 @dataclass(frozen=True)
 class PipelineResult:
@@ -35,7 +38,7 @@ class PipelineResult:
     """None: none was asked for."""
     result: RunResult
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return it in some 30 lines of JSON; all metrics are in ``RUN/result.json``."""
         places = ("run", "dataset", "report", "submission", "bundle")
         return {
@@ -45,12 +48,12 @@ class PipelineResult:
             "train_samples": self.result.train_samples,
             "samples_per_second": self.result.samples_per_second,
             "metrics": {
-                split: {name: getattr(metrics, name) for name in _TOLD}
+                split: {name: getattr(metrics, name) for name in _METRICS}
                 for split, metrics in self.result.metrics.items()
             },
         }
 
-    def in_words(self) -> str:
+    def next_steps(self) -> str:
         """Return what a person looks for first, and what comes next."""
         aucs = [f"{split} AUC {each.auc:.4f}" for split, each in self.result.metrics.items()]
         serve = f"dlrm serve {_quoted(self.bundle or 'BUNDLE')}"
@@ -59,9 +62,6 @@ class PipelineResult:
             f"{', '.join(aucs)}; {self.result.samples_per_second:,.0f} samples/s in training. "
             f"Look at {self.report}. Next: {serve if self.bundle else f'{export}, then {serve}'}"
         )
-
-
-_TOLD = ("auc", "accuracy", "log_loss", "normalized_entropy", "calibration", "samples")
 
 
 def _quoted(path: Path | str) -> str:
@@ -122,7 +122,8 @@ def run_all(
         report = write_report(run, importance_rows=0)
         logger.info(
             "described the run in %s; with the importance of features: dlrm report %s",
-            *(report, _quoted(run)),
+            report,
+            _quoted(run),
         )
         if bundle:
             export_once(run, bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import platform
 import resource
 import shlex
@@ -272,6 +273,19 @@ def _null_to_nan(content: Any) -> Any:
 def peak_memory_bytes() -> int:
     """Return the largest resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def family(process: int) -> list[int]:
+    """Return a process and all that descend from it."""
+    found = [process]
+    for each in found:
+        try:
+            for task in os.listdir(f"/proc/{each}/task"):
+                with open(f"/proc/{each}/task/{task}/children") as file:
+                    found += map(int, file.read().split())
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 def versions() -> dict[str, str]:

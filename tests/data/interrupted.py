@@ -60,7 +60,7 @@ Tell = Callable[[str, str, str], None]
 def serve() -> None:
     # Or else each child would do it.
     library()
-    # pyarrow imports pandas where it is there, when it is first given an array.
+    # pyarrow imports pandas when it first converts an array of raw rows.
     for module in ("multiprocessing.synchronize", "numpy.random", "pandas", "pyarrow.compute"):
         importlib.import_module(module)
     for kind in (Inputs, Segment, FittedFeature, WrittenPart, Manifest, FeatureSchema):

@@ -86,6 +86,53 @@ def test_what_is_lacking_is_told_and_how_to_mend_it(present: list[str], message:
     assert bool(lacking(["a", "b", "c"], present)) == bool(message)
 
 
+@pytest.mark.parametrize(
+    ("names", "present", "remedy"),
+    [
+        # One column is offered once.
+        (["ab", "a_b"], ["AB"], "Rename AB to ab, and add the other, with null where a value is"),
+        (["A b", "c", "d"], ["ab"], "Rename ab to A b, and add the others, with null where"),
+        (["ab", "c"], ["A B", "C"], "Rename A B to ab, C to c; or add them, with null where a"),
+        (["n" * 41], ["N" * 41], f"Rename {'N' * 40}… to {'n' * 40}…; or add it, with null"),
+        (["n" * 40], ["N" * 40], f"Rename {'N' * 40} to {'n' * 40}; or add it, with null"),
+    ],
+)
+def test_renaming_is_advised_where_it_is_enough(
+    names: list[str], present: list[str], remedy: str
+) -> None:
+    assert f". {remedy}" in lacking(names, present)
+
+
+NUMBERED = [f"int_{number}" for number in range(3)] + [f"cat_{number}" for number in range(2)]
+FROM_ONE = "They are counted from 1 there, and from 0 by the model: rename "
+
+
+@pytest.mark.parametrize(
+    ("present", "remedy"),
+    [
+        (["Label", "I1", "I2", "I3", "C1", "C2"],
+         "I1 to int_0, I2 to int_1, I3 to int_2, C1 to cat_0, C2 to cat_1."),
+        (["int_1", "int_2", "int_3", "cat_1", "cat_2"],
+         "int_1 to int_0, int_2 to int_1, int_3 to int_2, cat_1 to cat_0, cat_2 to cat_1."),
+    ],
+)  # fmt: skip
+def test_columns_that_are_counted_from_one_are_told_apart(present: list[str], remedy: str) -> None:
+    assert lacking(NUMBERED, present).endswith(f". {FROM_ONE}{remedy}")
+
+
+@pytest.mark.parametrize(
+    "present",
+    [
+        ["I0", "I1", "I2", "C1", "C2"],
+        ["I1", "I2", "C1", "C2"],
+        ["I1", "I2", "I3", "J1", "J2", "J3", "C1", "C2"],
+        ["int_1", "int_2", "cat_0", "cat_1"],
+    ],
+)
+def test_doubtful_numbers_are_not_matched(present: list[str]) -> None:
+    assert FROM_ONE not in lacking(NUMBERED, present)
+
+
 def test_of_many_columns_a_few_are_told() -> None:
     names = [f"cat_{number}" for number in range(1000)]
     assert lacking(names, names[:100]) == (

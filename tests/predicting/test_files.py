@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import dlrm
+from dlrm import prediction
 from dlrm.bundle.export import export
 from dlrm.config import ModelConfig, QuantizationConfig, TrainConfig
 from dlrm.data import criteo
@@ -347,7 +348,7 @@ def test_a_prediction_goes_on_where_it_was_cut_short(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("change", ["model", "input", "pipe", "size", "versions"])
+@pytest.mark.parametrize("change", ["model", "unknown model", "input", "pipe", "size", "versions"])
 def test_what_differs_is_kept_or_begun_anew(
     run: Path,
     predictor: Predictor,
@@ -368,6 +369,8 @@ def test_what_differs_is_kept_or_begun_anew(
     now = predictor
     if change == "model":
         now = load(run, amp="O1")
+    elif change == "unknown model":
+        now = unknown(run, monkeypatch)
     elif change == "input":
         os.utime(source, ns=(1, 1))
     elif change == "pipe":
@@ -381,7 +384,8 @@ def test_what_differs_is_kept_or_begun_anew(
     named = {
         "model": r"--amp \(O0, now O1\)",
         "input": "the input",
-        "pipe": "the input",
+        "pipe": r"the input \(which now has no checksum\)\. To go on with it, give what",
+        "unknown model": r"the model \(which now has no checksum\)\. To go on with it, give what",
         "versions": re.escape(f"versions (dlrm {dlrm.__version__}, {torch_is}, now dlrm 0.0.0, "),
     }.get(change)
     feeders = []
@@ -400,7 +404,8 @@ def test_what_differs_is_kept_or_begun_anew(
     feed()
     predict_file(now, source, output, overwrite=bool(named))
     if named:
-        assert re.search(rf"differs in {named}.*; it is begun anew", caplog.text)
+        told = named.removesuffix(r"\. To go on with it, give what")
+        assert re.search(rf"differs in {told}.*; it is begun anew", caplog.text)
     assert "scored 3000 rows" in caplog.text
     assert not (tmp_path / ".out.csv.work").exists()
     feed()
@@ -408,6 +413,35 @@ def test_what_differs_is_kept_or_begun_anew(
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     for feeder in feeders:
         feeder.wait()
+
+
+def unknown(run: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
+    """Load a model whose checkpoint has no checksum, as those of format 1.1."""
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "checksum_of", lambda _: "")
+        return load(run)
+
+
+def test_what_a_killed_process_left_of_an_unknown_model_is_begun_anew(
+    run: Path,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody could go on with it, so that there is nothing to refuse."""
+    caplog.set_level(logging.INFO)
+    model, output = unknown(run, monkeypatch), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "atomic_write", fail)
+        patch.setattr(work.Work, "remove", lambda _: None)
+        with pytest.raises(EnvironmentFaultError):
+            predict_file(model, sources["train.txt"], output)
+    assert (tmp_path / ".out.csv.work" / "probabilities").stat().st_size == 4 * 3000
+    caplog.clear()
+    predict_file(model, sources["train.txt"], output)
+    assert "scored 3000 rows" in caplog.text
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_bundle_goes_on_with_what_its_run_began(

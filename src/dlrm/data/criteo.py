@@ -283,14 +283,15 @@ def _has_label(path: Path, block: LineBlock, lines_before: int, *, skip: bool) -
         if fields in FIELDS:
             return fields == _FEATURES + 1
     first = lines[0]
+    remedy = _line_remedy(first, lines_before, labelled=False)
     raise UserError(
         f"{path}, line {lines_before + 1}: expected {_FEATURES + 1} tab-separated fields (a label, "
         f"{len(DENSE_NAMES)} integers, {len(SPARSE_NAMES)} ids) or {_FEATURES} (no label), got "
-        f"{first.count(_TAB) + 1}: {shown(first)}. {_remedy(first, lines_before, labelled=False)}"
+        f"{first.count(_TAB) + 1}: {shown(first)}. {remedy}"
     )
 
 
-def _remedy(line: bytes, row: int, *, labelled: bool) -> str:
+def _line_remedy(line: bytes, row: int, *, labelled: bool) -> str:
     """Return what to do about a malformed line.
 
     Args:
@@ -334,5 +335,5 @@ def _message(path: Path, lines_before: int, bad: BadLine, *, labelled: bool, inf
     return (
         f"{path}, line {number + 1}, column {column + 1} ({name}): expected {bad.error.expected}, "
         f"got {bad.error.got}{reason if inferred and doubtful else ''}. "
-        f"{bad.error.remedy or _remedy(bad.line, number, labelled=labelled)}"
+        f"{bad.error.remedy or _line_remedy(bad.line, number, labelled=labelled)}"
     )

@@ -73,21 +73,27 @@ class Header:
     labelled: bool
 
 
-def read_header(line: bytes, schema: FeatureSchema) -> Header | None:
-    """Read a first line; None: it is no header that names all features.
+def read_header(path: Path, line: bytes, schema: FeatureSchema) -> Header:
+    """Read a first line.
+
+    Args:
+        path: Its file, for messages.
+        line: Without its line end.
+        schema: Names the columns.
 
     Raises:
-        UserError: It names a feature or the label twice.
+        UserError: It is no header that names all features, and each of them and the label once.
     """
     separator, names = _split_header(line, schema)
-    if not set(schema.feature_names) <= set(names):
-        return None
+    lacks = lacking(schema.feature_names, names, "with an empty cell where a value is missing")
+    if lacks:
+        raise UserError(_no_header(path, line, lacks, named=_names_any(names, schema)))
     numbers = {name: number for number, name in enumerate([*schema.feature_names, schema.label])}
     for name in numbers:
         if names.count(name) > 1:
             raise UserError(
-                f"the header names the column {name} {names.count(name)} times, expected once. "
-                "Rename or remove the others."
+                f"{path}, line 1: the header names the column {name} {names.count(name)} times, "
+                "expected once. Rename or remove the others."
             )
     return Header(
         separator,
@@ -101,7 +107,35 @@ def read_header(line: bytes, schema: FeatureSchema) -> Header | None:
 
 def names_features(line: bytes, schema: FeatureSchema) -> bool:
     """Tell whether a first line names any feature, and so can be nothing but a header."""
-    return not set(schema.feature_names).isdisjoint(_split_header(line, schema)[1])
+    return _names_any(_split_header(line, schema)[1], schema)
+
+
+def _names_any(names: Sequence[str], schema: FeatureSchema) -> bool:
+    return not set(schema.feature_names).isdisjoint(names)
+
+
+def _no_header(path: Path, line: bytes, lacks: str, *, named: bool) -> str:
+    """Say why a first line is no header.
+
+    Args:
+        path: Its file.
+        line: All of it.
+        lacks: Which columns it lacks.
+        named: Whether it names a feature.
+    """
+    if line.startswith(_UTF_16):
+        return f"{path} is text in UTF-16: expected UTF-8. Save it as UTF-8."
+    if b"\r" in line.rstrip(b"\r"):
+        return (
+            f"{path}, line 1: expected lines that end in LF or CRLF, got CR alone. Save it with "
+            "other line ends."
+        )
+    if named:
+        return f"{path}, line 1: the header {lacks}"
+    return (
+        f"{path}, line 1: expected a header, names of columns that are separated by commas, "
+        f"semicolons or tabs; got {shown(line)}. It {lacks}"
+    )
 
 
 def _split_header(line: bytes, schema: FeatureSchema) -> tuple[bytes, tuple[str, ...]]:
@@ -173,31 +207,7 @@ def _take_header(path: Path, buffer: bytearray, schema: FeatureSchema) -> Header
     end = buffer.index(b"\n", MARGIN)
     line = bytes(buffer[MARGIN:end])
     del buffer[MARGIN : end + 1]
-    return _header_of(path, line, schema)
-
-
-def _header_of(path: Path, line: bytes, schema: FeatureSchema) -> Header:
-    try:
-        header = read_header(line, schema)
-    except UserError as error:
-        raise UserError(f"{path}, line 1: {error}") from error
-    if header is not None:
-        return header
-    if line.startswith(_UTF_16):
-        raise UserError(f"{path} is text in UTF-16: expected UTF-8. Save it as UTF-8.")
-    if b"\r" in line.rstrip(b"\r"):
-        raise UserError(
-            f"{path}, line 1: expected lines that end in LF or CRLF, got CR alone. Save it with "
-            "other line ends."
-        )
-    names = _split_header(line, schema)[1]
-    lacks = lacking(schema.feature_names, names, "with an empty cell where a value is missing")
-    if names_features(line, schema):
-        raise UserError(f"{path}, line 1: the header {lacks}")
-    raise UserError(
-        f"{path}, line 1: expected a header, names of columns that are separated by commas, "
-        f"semicolons or tabs; got {shown(line)}. It {lacks}"
-    )
+    return read_header(path, line, schema)
 
 
 def _parse_block(

@@ -102,6 +102,7 @@ def prepare(
     *,
     memory: int | str = DEFAULT_MEMORY,
     overwrite: bool = False,
+    observe: Callable[[str, float], None] | None = None,
 ) -> Dataset:
     """Turn raw rows into a DATASET.
 
@@ -117,6 +118,7 @@ def prepare(
         config: Splits, order, and which values get an embedding of their own.
         memory: The most memory to use, in bytes or as "2GiB"; at least 1 GiB.
         overwrite: Replace a DATASET that is there, whatever it was made from.
+        observe: Called with the name of each stage that is done, and the seconds that it took.
 
     Returns:
         The DATASET, opened.
@@ -152,7 +154,7 @@ def prepare(
                 work.remove()
             raise
         with preparation.kept_if_worth_it():
-            preparation.run()
+            preparation.run(observe)
     return Dataset.open(dataset)
 
 
@@ -355,21 +357,22 @@ class _Preparation:
     def _spool(self) -> Path:
         return self.work.folder / "spool"
 
-    def run(self) -> None:
-        """Go through all stages, from where an earlier process stopped."""
+    def run(self, observe: Callable[[str, float], None] | None) -> None:
+        """Go through all stages, from where an earlier process stopped, each of them observed."""
+        stage = partial(_stage, observe=observe)
         self.work.begin(Inputs(tuple(map(as_source, self.source.files)), self.config))
         spool = Spool(self._spool)
-        with _stage("read"):
+        with stage("read"):
             self.source.read(spool, self.config, table_bytes=self.memory, threads=self.parsers)
         days = self._days(spool)
         split = days.split
-        with _stage("fit"):
+        with stage("fit"):
             fitted = self._fit(spool, split)
         schema = self._schema(fitted)
         arranger = Arranger(spool, schema, fitted, self.work.folder)
-        with _stage("arrange"):
+        with stage("arrange"):
             runs = self._arrange(spool, split, schema, arranger)
-        with _stage("write"):
+        with stage("write"):
             splits = self._write(split, schema, arranger, runs)
         manifest = Manifest(
             splits=splits,
@@ -387,7 +390,7 @@ class _Preparation:
         for each, rows in split.ranges.items():
             assert splits[each].rows == len(rows)  # what comes out is what went in
         assert sum(each.clicks for each in splits.values()) == sum(days.clicks)
-        with _stage("verify"):
+        with stage("verify"):
             verify(Dataset(self.work.dataset, schema, manifest), workers=self.workers)
         self._keep_truth(manifest)
         try:
@@ -584,14 +587,17 @@ class _Preparation:
 
 
 @contextmanager
-def _stage(name: str) -> Iterator[None]:
+def _stage(name: str, observe: Callable[[str, float], None] | None) -> Iterator[None]:
     """Tell how long a stage took, and give back the memory that it freed."""
     started = time.perf_counter()
     yield
     # The C library keeps hundreds of megabytes that threads freed, for themselves.
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
         trim(0)
-    logger.info("%-8s %7.1f s", name, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    logger.info("%-8s %7.1f s", name, seconds)
+    if observe:
+        observe(name, seconds)
 
 
 @dataclass(frozen=True)

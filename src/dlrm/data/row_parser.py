@@ -46,6 +46,14 @@ UInt64Array = npt.NDArray[np.uint64]
 _TAB = b"\t"
 _INTEGER = re.compile(rb"-?[0-9]+")
 _ID = re.compile(rb"[0-9a-fA-F]{8}")
+_LOST_ZEROS = re.compile(rb"[0-9a-fA-F]{4,7}")  # with fewer digits it is hardly an id
+_SCIENTIFIC = re.compile(rb"[0-9]+([.,][0-9]+)?[eE][+-]?[0-9]+")
+_PREFIXED = re.compile(rb"0[xX][0-9a-fA-F]{8}")
+_DECIMAL = re.compile(rb"[0-9]{9,10}")
+_MISSING_WORDS = (b"na", b"n/a", b"nan", b"nil", b"none", b"null", b"\\n", b"-", b"?")
+_SHOWN = 42
+"""Characters of a value that a message shows."""
+REMOVE_BLANK = "Remove that line: every line is a row."
 PIECE_BYTES = 1 << 20
 """Bytes that the plain parser takes at once: what it makes of them takes some 15 times as many."""
 # Words of 8 characters, or of 8 numbers of 8 bits.
@@ -451,9 +459,6 @@ def parse_integer(field: bytes, column: int) -> int:
     return value
 
 
-REMOVE_BLANK = "Remove that line: every line is a row."
-
-
 def bad_id(field: bytes, column: int) -> BadFieldError:
     """Return what is wrong with a field that is no id."""
     expected = "8 hexadecimal digits or nothing"
@@ -463,7 +468,7 @@ def bad_id(field: bytes, column: int) -> BadFieldError:
 def bad_integer(field: bytes, column: int) -> BadFieldError:
     """Return what is wrong with a field that is no integer."""
     expected = "an integer or nothing"
-    return BadFieldError("integer", column, expected, shown(field), _remedy(field))
+    return BadFieldError("integer", column, expected, shown(field), _field_remedy(field))
 
 
 def id_remedy(field: bytes) -> str:
@@ -472,6 +477,11 @@ def id_remedy(field: bytes) -> str:
     Spreadsheets, and libraries that guess types, take an id of digits alone for a number.
     """
     text = field.decode("ascii", errors="replace")
+    if _LOST_ZEROS.fullmatch(field) and _SCIENTIFIC.fullmatch(field):
+        return (
+            f"Leading zeros are lost, and it is {text.zfill(8)}; or a spreadsheet took the id for "
+            "a number, and digits are lost: get the file again, and keep its columns as text."
+        )
     if _LOST_ZEROS.fullmatch(field):
         return (
             f"Leading zeros are lost, as in a spreadsheet that took ids for numbers: write "
@@ -486,17 +496,10 @@ def id_remedy(field: bytes) -> str:
         return "Leave 0x away."
     if _DECIMAL.fullmatch(field) and int(field) < 2**32:
         return f"If it is a number in decimal digits, write {int(field):08x}."
-    return _remedy(field)
+    return _field_remedy(field)
 
 
-_LOST_ZEROS = re.compile(rb"[0-9a-fA-F]{4,7}")  # with fewer digits it is hardly an id
-_SCIENTIFIC = re.compile(rb"[0-9]+([.,][0-9]+)?[eE][+-]?[0-9]+")
-_PREFIXED = re.compile(rb"0[xX][0-9a-fA-F]{8}")
-_DECIMAL = re.compile(rb"[0-9]{9,10}")
-_MISSING_WORDS = (b"na", b"n/a", b"nan", b"nil", b"none", b"null", b"\\n", b"-", b"?")
-
-
-def _remedy(field: bytes) -> str:
+def _field_remedy(field: bytes) -> str:
     if field.strip().lower() in _MISSING_WORDS:
         return "Leave it empty where a value is missing."
     if field.strip() != field:
@@ -504,7 +507,7 @@ def _remedy(field: bytes) -> str:
     return ""
 
 
-def shown(field: bytes) -> str:
-    """Return a field as it may stand in a message."""
-    shown = repr(field)[1:]
-    return shown if len(shown) <= 42 else shown[:40] + "…"
+def shown(value: bytes | str | int) -> str:
+    """Return a value as it may stand in a message."""
+    text = repr(value)[1:] if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 2]}…"

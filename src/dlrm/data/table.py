@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm.data.row_parser import id_remedy, parse_ids
+from dlrm.data.row_parser import id_remedy, parse_ids, shown
 from dlrm.errors import UserError
 from dlrm.schema import FeatureSchema
 
@@ -19,6 +19,10 @@ _MISSING = 0  # what a missing value of either kind becomes
 _ID_DIGITS = 8
 _MISSING_ID = "0" * _ID_DIGITS
 _LARGEST_DENSE = 2**31 - 1
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_NAME_LENGTH = 40
+_MOST_NAMES = 8
+"""Of a column's name so many characters are told, and of many columns so many."""
 
 
 def rows_from_table(
@@ -82,17 +86,66 @@ def lacking(
         present: Of those that there are.
         how: To add one.
     """
-    missing = [name for name in names if name not in present]
+    there = set(present)
+    missing = [name for name in names if name not in there]
     if not missing:
         return ""
     by_key = {_key(name): name for name in present if name not in names}
-    renamed = [f"{by_key[_key(name)]} to {name}" for name in missing if _key(name) in by_key]
+    renamed = [
+        f"{_short(by_key.pop(_key(name)))} to {_short(name)}"
+        for name in missing
+        if _key(name) in by_key
+    ]
+    counted = _counted_from_one(names, present)
+    others = len(missing) - len(renamed)
     it = "it" if len(missing) == 1 else "them"
-    plural = "" if len(missing) == 1 else "s"
-    has = f"it has {_few(present)}" if present else "it has none"
-    return f"lacks the column{plural} {_few(missing)} of the model's {len(names)}; {has}. " + (
-        f"Rename {_few(renamed)}; or add {it}, {how}." if renamed else f"Add {it}, {how}."
+    if counted:
+        remedy = (
+            "They are counted from 1 there, and from 0 by the model: rename "
+            f"{_few(f'{old} to {new}' for old, new in counted)}."
+        )
+    elif not renamed:
+        remedy = f"Add {it}, {how}."
+    elif others:
+        remedy = f"Rename {_few(renamed)}, and add the other{'s' * (others > 1)}, {how}."
+    else:
+        remedy = f"Rename {_few(renamed)}; or add {it}, {how}."
+    has = f"it has {_few(map(_short, present))}" if present else "it has none"
+    return (
+        f"lacks the column{'s' * (len(missing) > 1)} {_few(map(_short, missing))} of the model's "
+        f"{len(names)}; {has}. {remedy}"
     )
+
+
+def _counted_from_one(names: Sequence[str], present: Sequence[str]) -> list[tuple[str, str]]:
+    """Match names that are numbered from 0 with columns that are from 1, as Criteo's I1 … C26.
+
+    Returns:
+        Each column with its name; nothing if they cannot be matched without doubt.
+    """
+    wanted, there = _numbered(names), _numbered(present)
+    sizes = [len(numbers) for numbers in wanted.values()]
+    matched: list[tuple[str, str]] = []
+    for prefix, numbers in wanted.items():
+        size = len(numbers)
+        alike = [
+            other
+            for other, found in there.items()
+            if found == set(range(1, size + 1)) and (other == prefix or sizes.count(size) == 1)
+        ]
+        if numbers != set(range(size)) or len(alike) != 1:
+            return []
+        matched += [(f"{alike[0]}{number + 1}", f"{prefix}{number}") for number in range(size)]
+    return matched if len(matched) == len(names) else []
+
+
+def _numbered(names: Sequence[str]) -> dict[str, set[int]]:
+    """Return the numbers that names end with, by what is before."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if parts := re.fullmatch(r"(.*?)(0|[1-9][0-9]{0,5})", name):
+            found.setdefault(parts[1], set()).add(int(parts[2]))
+    return found
 
 
 def _key(name: str) -> str:
@@ -100,19 +153,16 @@ def _key(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold()
 
 
-def _few(names: Sequence[str]) -> str:
-    """List names, of many the first and the last."""
-    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names]
-    if len(names) <= _MOST_NAMES:
-        return ", ".join(shown)
-    return f"{', '.join(shown[: _MOST_NAMES - 2])} … {shown[-1]} ({len(names)} in all)"
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}…"
 
 
-_MOST_NAMES = 8
-
-
-_ID_TYPES = "strings of 8 hexadecimal digits, or integers"
-_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+def _few(told: Iterable[str]) -> str:
+    """List what is told, of much the first and the last."""
+    told = list(told)
+    if len(told) <= _MOST_NAMES:
+        return ", ".join(told)
+    return f"{', '.join(told[: _MOST_NAMES - 2])} … {told[-1]} ({len(told)} in all)"
 
 
 def _integers(
@@ -147,11 +197,6 @@ def _hexadecimal(chunks: pa.ChunkedArray, name: str, first_row: int) -> npt.NDAr
     return values
 
 
-def _shown(value: int | str) -> str:
-    text = repr(value)
-    return text if len(text) <= 42 else f"{text[:40]}…"
-
-
 def _refuse(
     bad: npt.NDArray[np.bool_],
     values: npt.NDArray[np.int64] | pa.Array,
@@ -164,6 +209,6 @@ def _refuse(
         got = values[row].as_py() if isinstance(values, pa.Array) else values[row].item()
         remedy = id_remedy(got.encode()) if isinstance(got, str) else ""
         raise UserError(
-            f"row {first_row + row} of column {name}: expected {expected}, got {_shown(got)}. "
+            f"row {first_row + row} of column {name}: expected {expected}, got {shown(got)}. "
             f"{remedy or 'Correct it.'}"
         )

@@ -18,6 +18,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from dlrm.errors import EnvironmentFaultError, UserError
+from dlrm.runs import family
 
 _STOP_SECONDS = 60.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -110,19 +111,6 @@ class OwnServer(Server):
 def _content(log: IO[bytes]) -> str:
     # Not by seeking, which would move the place where the server writes.
     return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
-
-
-def family(process: int) -> list[int]:
-    """Return a process and all that descend from it."""
-    found = [process]
-    for each in found:
-        try:
-            for task in os.listdir(f"/proc/{each}/task"):
-                with open(f"/proc/{each}/task/{task}/children") as file:
-                    found += map(int, file.read().split())
-        except OSError:  # it has ended
-            continue
-    return found
 
 
 def _stat(process: int) -> list[str]:

@@ -231,7 +231,7 @@ class NativeForward:
             vectors = Arena.forward(self.tables, lookups.ids, lookups.offsets, lookups.weights)
             rows = torch.arange(len(part) * self.table_count).view(len(part), self.table_count)
             looked_up = Lookups(rows, None, None)
-            arena = vectors.reshape(rows.numel(), -1)
+            arena = vectors.reshape(rows.numel(), vectors.shape[-1])
             logits.append(self._logits(part, looked_up, arena, torch.zeros_like(self.first_rows)))
         return torch.cat(logits)
 

@@ -355,7 +355,7 @@ class VariantSparseArch(NamedTables):
                 )
         if self.halves is not None:
             pooled = self.halves(ids, offsets, weights)
-            vectors.append(pooled.view(len(pooled), -1, self.embedding_dim))
+            vectors.append(pooled.view(len(pooled), pooled.shape[1] // 2, self.embedding_dim))
         for arena in self._narrower_arenas():
             pooled = arena(ids, offsets, weights)
             vectors += [

@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from dlrm.metrics import Metrics, MetricsAccumulator
 from dlrm.ops.library import library
 from dlrm.predicting.inputs import PIPE, Input, open_input
 from dlrm.predicting.outputs import find_format, write_rows
-from dlrm.predicting.work import Work, is_complete, remove_remains, work_folder
+from dlrm.predicting.work import BegunWith, Work, is_complete, remove_remains
 from dlrm.prediction import Predictor
 from dlrm.progress import progress
 from dlrm.version import __version__
@@ -89,7 +89,7 @@ def predict_file(
     What a process was doing that was killed, or that a signal or a full disk ended, is gone on
     with, if probabilities depend on nothing else now: the output is the same, byte for byte. Where
     it was written already, and only what it was made from had to be removed, that is done. A pipe
-    cannot be gone on with.
+    cannot be gone on with, nor what a model without an identity scores (``Predictor``).
 
     Args:
         predictor: The model.
@@ -115,8 +115,6 @@ def predict_file(
         if output == PIPE:
             return Prediction(predictor, opened, output_format, first_id).into_pipe()
         _refuse_output(source, output)
-        if output.exists() and not overwrite and not work_folder(output).exists():
-            raise _taken(output)
         with locked(output, "output"):
             prediction = Prediction(predictor, opened, output_format, first_id)
             return prediction.into_file(output, overwrite=overwrite)
@@ -202,7 +200,7 @@ class Prediction:
                 work.remove()
                 raise
             except BaseException:
-                if begun_with is None:
+                if not work.can_go_on:
                     with suppress(OSError):
                         work.remove()
                     raise
@@ -214,9 +212,7 @@ class Prediction:
             work.remove()
         return summary
 
-    def _written_already(
-        self, output: Path, begun_with: Mapping[str, str] | None
-    ) -> PredictionSummary:
+    def _written_already(self, output: Path, begun_with: BegunWith) -> PredictionSummary:
         """Remove what a process left that was killed when it had written the output.
 
         Raises:
@@ -273,13 +269,16 @@ class Prediction:
         unknown = np.array(journal.unknown or [0] * len(self._predictor.schema.sparse), np.int64)
         return self._summary(journal.position.row, unknown, metrics)
 
-    def _begun_with(self) -> dict[str, str] | None:
-        """Return what the bits of probabilities depend on; None: nobody can tell."""
-        if not self._predictor.identity or not self._source.identity:
-            return None
+    def _begun_with(self) -> BegunWith:
+        """Return what the bits of probabilities depend on.
+
+        Nobody can tell that of a pipe, which is another each time, nor of a model without an
+        identity, as is one of a checkpoint without a checksum.
+        """
+        identity = self._source.identity
         return {
-            **self._predictor.identity,
-            "the input": f"{self._source.identity} {self._source.format}",
+            **(self._predictor.identity or {"the model": None}),
+            "the input": f"{identity} {self._source.format}" if identity else None,
             "versions": f"dlrm {__version__}, torch {torch.__version__}",
             "kernels": f"{library().loaded} {torch.backends.cpu.get_cpu_capability()} "
             f"{platform.machine()}",

@@ -30,6 +30,12 @@ logger = logging.getLogger("dlrm")
 
 JOURNAL = "journal.json"
 _READ_ROWS = 1 << 18
+_SHOWN = 40
+"""Characters of a difference that are told; of a longer one its name is."""
+
+BegunWith = Mapping[str, str | None]
+"""What probabilities depend on, by what it is called in messages; None: nobody can tell whether it
+is the same another time."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,14 @@ class Work:
 
     Args:
         output: What the prediction is for.
-        begun_with: What the probabilities depend on; None: that is not known, so that nothing can
-            be gone on with.
+        begun_with: What the probabilities depend on. Where nobody can tell some of it, no journal
+            is written, so that nothing can be gone on with.
         anew: Whether rows that are scored otherwise are scored again; else they are refused.
         seconds: After so many a journal is written.
 
     Attributes:
         journal: Of all rows that were added.
+        can_go_on: Whether another process can go on with it.
 
     Raises:
         UserError: There are rows that are scored otherwise.
@@ -75,7 +82,7 @@ class Work:
     def __init__(
         self,
         output: Path,
-        begun_with: Mapping[str, str] | None,
+        begun_with: BegunWith,
         *,
         anew: bool = False,
         seconds: float = 5.0,
@@ -83,18 +90,20 @@ class Work:
         self.folder = work_folder(output)
         found = _usable(self.folder)
         if found and (differences := find_differences(found.begun_with, begun_with)):
-            told = (
+            holds = (
                 f"{self.folder} holds {found.position.row} rows of an interrupted prediction of "
                 f"{output} that differs in {', '.join(differences)}"
             )
             if not anew:
                 raise UserError(
-                    f"{told}. To go on with it, give what it was begun with; to begin anew, "
+                    f"{holds}. To go on with it, give what it was begun with; to begin anew, "
                     "--overwrite."
                 )
-            logger.warning("%s; it is begun anew", told)
+            logger.warning("%s; it is begun anew", holds)
             found = None
-        self.journal = found or Journal(dict(begun_with or {}))
+        told = {name: value for name, value in begun_with.items() if value is not None}
+        self.can_go_on = len(told) == len(begun_with)
+        self.journal = found or Journal(told)
         self._seconds = seconds
         self._saved = time.monotonic()
         self._files = ExitStack()
@@ -151,7 +160,7 @@ class Work:
             self.save()
 
     def save(self, *, complete: bool = False) -> None:
-        """Make durable what was added, then the journal that says so.
+        """Make durable what was added, then the journal that says so, if it can be gone on with.
 
         Raises:
             EnvironmentFaultError: The disk is full or fails.
@@ -159,9 +168,11 @@ class Work:
         with environment_faults(f"write to {self.folder}"):
             for file in (self._probabilities, self._labels):
                 file.flush()
-                os.fsync(file.fileno())
+                if self.can_go_on:
+                    os.fsync(file.fileno())
         journal = replace(self.journal, complete=complete)
-        write_json(self.folder / JOURNAL, journal)
+        if self.can_go_on:
+            write_json(self.folder / JOURNAL, journal)
         self.journal = journal
         self._saved = time.monotonic()
 
@@ -197,7 +208,7 @@ class Work:
             return self._files.enter_context(open_to_append(self.folder / name, size))
 
 
-def is_complete(output: Path, begun_with: Mapping[str, str] | None) -> bool:
+def is_complete(output: Path, begun_with: BegunWith) -> bool:
     """Tell whether all rows for an output are scored, in just this way."""
     journal = _usable(work_folder(output))
     return bool(
@@ -213,25 +224,23 @@ def remove_remains(output: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_differences(begun: Mapping[str, str], asked: Mapping[str, str] | None) -> list[str]:
+def find_differences(begun: Mapping[str, str], asked: BegunWith) -> list[str]:
     """Tell what a prediction was begun with otherwise.
 
     Args:
         begun: What it was begun with.
-        asked: What is asked for; None: a pipe, which is another each time.
+        asked: What is asked for. What nobody can tell of that differs from everything, and makes
+            the rest no matter.
     """
-    if asked is None:
-        return ["the input"]
+    if unknown := [name for name, value in asked.items() if value is None]:
+        return [f"{name} (which now has no checksum)" for name in unknown]
     differences = []
     for name in sorted(begun.keys() | asked.keys()):
-        before, now = begun.get(name, ""), asked.get(name, "")
+        before, now = begun.get(name, ""), asked.get(name) or ""
         if before != now:
             is_short = 0 < len(before) <= _SHOWN and 0 < len(now) <= _SHOWN
             differences.append(f"{name} ({before}, now {now})" if is_short else name)
     return differences
-
-
-_SHOWN = 40
 
 
 def _usable(folder: Path) -> Journal | None:
