@@ -23,6 +23,7 @@ from dlrm.config import BenchTrainConfig, TrainConfig
 from dlrm.device import available_cores
 from dlrm.model.dlrm import DLRM
 from dlrm.prediction import Predictor
+from dlrm.runs import Run
 
 SIZES = {1: 3000, 100: 300, 16384: 11}
 """Rows at a time: how often."""
@@ -45,7 +46,8 @@ def main() -> None:
         for arena in model.sparse_arch.arenas:
             arena.arena.uniform_(-0.01, 0.01)
     # Rows are prepared already, so nothing is encoded.
-    predictor = Predictor(schema, TrainConfig(model=model.config), model, None, Path("benchmark"))
+    run = Run(Path("none"), schema, TrainConfig(model=model.config), Path("none"))
+    predictor = Predictor(schema, run.config, model, None, run)
     layers = layer_sizes(schema, model.config)
     print(f"{'rows':>8}{'score, µs':>12}{'floor, µs':>12}{'score / floor':>15}")
     for rows, times in SIZES.items():

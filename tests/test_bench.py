@@ -112,9 +112,9 @@ def test_batches_are_never_repeated() -> None:
 
 
 def test_other_stages_are_refused_by_name() -> None:
-    stages = "train or predict or serve"
-    with pytest.raises(UserError, match=f"measures one stage, {stages}; got 'prepare'"):
-        parse(["bench", "prepare"])
+    stages = "train or prepare or predict or serve"
+    with pytest.raises(UserError, match=f"measures one stage, {stages}; got 'evaluate'"):
+        parse(["bench", "evaluate"])
     with pytest.raises(UserError, match=f"measures one stage, {stages}; got ''"):
         parse(["bench"])
     with pytest.raises(UserError, match="--pairs must be at least 1; got 0"):
