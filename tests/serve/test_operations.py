@@ -23,7 +23,7 @@ from dlrm.config import ServeConfig
 from dlrm.errors import EnvironmentFaultError, UserError
 from dlrm.prediction import load
 from dlrm.serve.model import ServedModel
-from dlrm.serve.supervisor import serve
+from dlrm.serve.supervisor import _Child, _Supervisor, serve
 
 ROWS = slice(0, 3)
 _BETWEEN = 0.003
@@ -329,3 +329,17 @@ def test_what_is_on_its_way_at_the_end_is_answered_and_nobody_else_waits(
         assert server.process.wait(10) == 0
         assert time.monotonic() - began < 8
         asking.close()
+
+
+def test_a_process_that_is_told_to_load_twice_has_loaded_when_it_has_said_so_twice() -> None:
+    supervisor = _Supervisor(Path("model"), ServeConfig(), Path("folder"))
+    supervisor._announced = True
+    ours, theirs = socket.socketpair()
+    with supervisor._selector, ours, theirs:
+        worker = supervisor._workers[1] = _Child(1, ours, 0.0)
+        for _ in range(2):
+            supervisor._tell_to_load(worker, verified=True)
+        for still in (True, False):
+            theirs.sendall(b'{"loaded": "1"}\n')
+            supervisor._hear(worker)
+            assert supervisor._is_loading() == still
