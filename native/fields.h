@@ -22,6 +22,18 @@ inline constexpr std::array<uint8_t, 256> digit_values() {
 
 inline constexpr std::array<uint8_t, 256> kDigits = digit_values();
 
+// The number of 8 hexadecimal digits; returns whether they are that.
+inline bool parse_id(const uint8_t* text, uint32_t* value) {
+  uint8_t bad = 0;
+  *value = 0;
+  for (int i = 0; i < 8; ++i) {
+    const uint8_t digit = kDigits[text[i]];
+    bad |= digit;
+    *value = *value << 4 | digit;
+  }
+  return (bad & 0xF0) == 0;
+}
+
 // A position in text that ends with a newline, so that a field always has an end.
 template <uint8_t kSeparator>
 struct Cursor {
@@ -62,14 +74,8 @@ struct Cursor {
     *value = 0;
     if (ends_field()) return true;
     if (end - at < 9) return false;
-    uint8_t bad = 0;
-    for (int i = 0; i < 8; ++i) {
-      const uint8_t digit = kDigits[at[i]];
-      bad |= digit;
-      *value = *value << 4 | digit;
-    }
     at += 8;
-    return (bad & 0xF0) == 0;
+    return parse_id(at - 8, value);
   }
 };
 

@@ -295,13 +295,8 @@ bool unpack_values(const at::Tensor& data, at::IntArrayRef sizes, at::IntArrayRe
       const int length = at[0];
       if (length & ~8 || at[1] | at[2] | at[3] || end - at < 4 + length) return false;
       at += 4;
-      uint8_t bad = 0;
       *value = 0;
-      for (int digit = 0; digit < length; ++digit) {
-        bad |= kDigits[at[digit]];
-        *value = *value << 4 | kDigits[at[digit]];
-      }
-      if (bad & 0xF0) return false;
+      if (length && !parse_id(at, value)) return false;
       at += length;
     }
     if (at != end) return false;
